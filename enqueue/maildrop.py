@@ -1,0 +1,153 @@
+"""The vhost's maildrop: the steps that make a message durable, and the bell that says so. Rows: spool_layout.md."""
+
+import errno
+import os
+from collections.abc import Iterator
+
+from enqueue.failure import CANTCREAT, CONFIG, IOERR, NOPERM, UNAVAILABLE, Failure
+
+POLICY_VERSION = b"1"
+DEFAULT_MAX_SIZE = 50 << 20
+HEX = frozenset("0123456789abcdef")
+
+
+class Policy:
+    """What the releaser tells enqueue about a vhost. Advisory: absent or torn, the defaults hold and mail is accepted."""
+
+    def __init__(self, text: bytes = b"") -> None:
+        lines = dict(line.split(b": ", 1) for line in text.split(b"\n") if b": " in line)
+        if lines.get(b"Policy") != POLICY_VERSION or lines.get(b"End") != POLICY_VERSION:
+            lines = {}
+        host = os.uname().nodename.encode("ascii", "replace")
+        size = lines.get(b"Max-Size", b"")
+        bell = lines.get(b"Bell", b"").decode("ascii", "replace")
+        self.bell = bell if bell and HEX.issuperset(bell) else ""
+        self.max_size = int(size) if size.isdigit() else DEFAULT_MAX_SIZE
+        self.sender = lines.get(b"Sender", b"")
+        self.tag = [
+            (lines.get(b"Domain-Header", b"X-Domain"), b""),
+            (lines.get(b"Complaints-Header", b"X-Complaints-To"), lines.get(b"Complaints-To", b"abuse@" + host)),
+        ]
+
+
+class Maildrop:
+    """SPOOL/vhosts/VHOST, opened as one descriptor that every later step is relative to.
+
+    Raises Failure: CONFIG where it does not exist, NOPERM where this user may not enter.
+    """
+
+    def __init__(self, spool: str, vhost: str) -> None:
+        self.spool = spool
+        self.vhost = vhost
+        try:
+            self._gate = os.open(f"{spool}/vhosts/{vhost}", os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno == errno.EACCES:
+                raise self._closed() from None
+            raise Failure(
+                CONFIG,
+                f"no maildrop for {vhost} under {spool}: {error.strerror}; "
+                f"the administrator runs: secure-sendmail vhost add {vhost}",
+            ) from None
+
+    def policy(self) -> Policy:
+        try:
+            fd = os.open("policy", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._gate)
+        except OSError:
+            return Policy()
+        try:
+            return Policy(os.read(fd, 65536))
+        except (OSError, ValueError):
+            return Policy()
+        finally:
+            os.close(fd)
+
+    def drop(self, name: str, head: bytes, chunks: Iterator[bytes], max_size: int) -> None:
+        """Make HEAD and CHUNKS durable as new/NAME,S=<bytes>; return only when they are.
+
+        Raises Failure with nothing left in new/: CANTCREAT, IOERR, or UNAVAILABLE above MAX_SIZE bytes of message.
+        """
+        temporary = f"tmp/{name}"
+        fd = self._create(temporary)
+        try:
+            size = self._write(fd, head, chunks, max_size)
+            submitted = f"new/{name},S={size}"
+            # At that instant the message has been submitted.
+            os.rename(temporary, submitted, src_dir_fd=self._gate, dst_dir_fd=self._gate)
+        except OSError as error:
+            self._unlink(temporary)
+            raise Failure(IOERR, f"cannot write {temporary} of {self.vhost}: {error.strerror}") from None
+        except BaseException:
+            self._unlink(temporary)
+            raise
+        self._sync(fd, submitted)
+
+    def ring(self, bell: str) -> None:
+        """Tell the releaser that mail is there. Tried once: if it fails, the releaser's scan finds the mail."""
+        if bell:
+            try:
+                os.utime(f"{self.spool}/wake/{bell}")
+            except OSError:
+                pass
+
+    def _create(self, temporary: str) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            return os.open(temporary, flags, 0o600, dir_fd=self._gate)
+        except OSError as error:
+            if error.errno == errno.EACCES and not self._may_enter():
+                raise self._closed() from None
+            raise Failure(CANTCREAT, f"cannot create {temporary} of {self.vhost}: {error.strerror}") from None
+
+    def _may_enter(self) -> bool:
+        try:
+            os.stat("tmp", dir_fd=self._gate)
+        except PermissionError:
+            return False
+        except OSError:
+            pass
+        return True
+
+    def _closed(self) -> Failure:
+        return Failure(NOPERM, f"user {os.getuid()} may not send as {self.vhost}: its maildrop is closed to this user")
+
+    def _write(self, fd: int, head: bytes, chunks: Iterator[bytes], max_size: int) -> int:
+        size = 0
+        data = head
+        for chunk in chunks:
+            size += len(chunk)
+            if size > max_size:
+                raise Failure(UNAVAILABLE, f"the message is larger than {max_size} bytes")
+            data += chunk
+            _write_all(fd, data)
+            data = b""
+        # Group read for the releaser; the caller's umask may have taken every bit away.
+        os.fchmod(fd, 0o640)
+        return size + len(head)
+
+    def _sync(self, fd: int, submitted: str) -> None:
+        """Make bytes and name durable with one call; spool_layout.md says on which file systems it does both."""
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            try:
+                os.unlink(submitted, dir_fd=self._gate)
+            except FileNotFoundError:
+                # The releaser has read it already: it is accepted.
+                return
+            except OSError:
+                pass
+            raise Failure(IOERR, f"cannot sync {submitted} of {self.vhost}: {error.strerror}") from None
+
+    def _unlink(self, path: str) -> None:
+        # What cannot be removed is a leftover in tmp/, which the releaser removes later.
+        try:
+            os.unlink(path, dir_fd=self._gate)
+        except OSError:
+            pass
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]

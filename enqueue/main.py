@@ -1,0 +1,197 @@
+"""secure-sendmail-enqueue - accept a message for a vhost (PHP's sendmail_path)
+
+Usage: secure-sendmail-enqueue [--spool DIR] VHOST [SENDER] [sendmail options] [recipients...] < message
+
+Reads a message from standard input, takes its recipients from the arguments and, with -t or without recipients, from
+To:, Cc: and Bcc:, tags it with its vhost, and stores it in the vhost's maildrop, from where the releaser sends it or
+holds it. -i is always on: a line with a lone dot is text. -f and -r give the envelope sender, as SENDER does.
+
+Security: runs as the caller. Opens the maildrop and nothing else: no network, no database, no secret. What it records
+about its caller is a claim; the releaser trusts the directory and the file's owner only.
+
+Exit status: 0 only when the message is durable in the maildrop. 64 usage or a mode that is not offered; 65 no or
+ambiguous recipients, or no message; 69 too large, or refused by policy; 73 cannot create in tmp/; 74 a later read,
+write, sync or rename failed; 77 the maildrop is closed to this user; 78 there is no such spool or vhost. Each failure
+is one line on standard error and in syslog, and nothing is left in new/.
+
+Files: DIR/vhosts/VHOST/{tmp,new,policy}, DIR/wake; DIR is /var/spool/php-secure-sendmail.
+"""
+
+import os
+import sys
+import time
+
+from enqueue import address, message, options
+from enqueue.failure import DATAERR, IOERR, USAGE, Failure
+from enqueue.maildrop import Maildrop
+
+LAYOUT = b"1"
+READ_SIZE = 1 << 16
+
+
+def main() -> None:
+    """Run, say what failed in one line, and end the process with its status: no traceback, no flush that could fail."""
+    status = 0
+    try:
+        # The caller is PHP: its descriptors, and a umask that may be 0777, are not ours.
+        os.closerange(3, 1 << 20)
+        os.umask(0o077)
+        _hold_standard_descriptors()
+        if sys.argv[1:] == ["--help"]:
+            os.write(2, (__doc__ or "").encode())
+            status = USAGE
+        else:
+            enqueue(sys.argv[1:])
+    except Failure as failure:
+        status = failure.status
+        _complain(failure.sentence)
+    except MemoryError:
+        status = IOERR
+        _complain("out of memory")
+    except BaseException as error:
+        status = IOERR
+        _complain(f"internal error: {type(error).__name__}: {error}")
+    os._exit(status)
+
+
+def enqueue(argv: list[str]) -> None:
+    """Accept the message on descriptor 0 for the vhost that ARGV names. Raises Failure."""
+    call = options.parse(argv)
+    maildrop = Maildrop(call.spool, call.vhost)
+    policy = maildrop.policy()
+    mail = message.Message(_read)
+    sender = _sender(call.sender)
+    recipients = _recipients(call, mail)
+    now = time.time()
+    name = f"{int(now)}.{int(now % 1 * 1e6):06d}.P{os.getpid()}.{os.urandom(12).hex()}"
+    message_id = mail.first(b"message-id") or f"<{name}@{call.vhost}>".encode()
+    head = envelope(call.vhost, sender, recipients, now, message_id, mail.first(b"x-php-originating-script"))
+    policy.tag[0] = (policy.tag[0][0], call.vhost.encode())
+    missing = [
+        (b"Date", time.strftime("%a, %d %b %Y %H:%M:%S +0000", time.gmtime(now)).encode()),
+        (b"From", _from(call.full_name, sender or policy.sender or _login())),
+        (b"Message-ID", message_id),
+    ]
+    maildrop.drop(name, head, mail.chunks(policy.tag, missing), policy.max_size)
+    maildrop.ring(policy.bell)
+
+
+def envelope(
+    vhost: str, sender: bytes | None, recipients: list[bytes], now: float, message_id: bytes, script: bytes | None
+) -> bytes:
+    """The envelope lines of spool_layout.md, with the empty line that ends them."""
+    lines = [b"Layout: " + LAYOUT, b"Vhost: " + vhost.encode()]
+    if sender is not None:
+        lines.append(b"Sender: " + sender)
+    lines += [b"Recipient: " + recipient for recipient in recipients]
+    arrived = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1e6):06d}Z"
+    claims = [
+        (b"Arrived: ", arrived.encode()),
+        (b"Uid: ", str(os.getuid()).encode()),
+        (b"Cwd: ", _directory()),
+        (b"Program: ", _parent()),
+        (b"Script: ", script or b""),
+        (b"Message-Id: ", message_id),
+    ]
+    lines += [key + _one_line(value) for key, value in claims if value]
+    return b"\n".join(lines) + b"\n\n"
+
+
+def _recipients(call: options.Call, mail: message.Message) -> list[bytes]:
+    found = []
+    for word in call.recipients:
+        found += message.lexed(os.fsencode(word), "the arguments")
+    if call.from_header:
+        found += mail.recipients()
+    if not found:
+        where = "To, Cc or Bcc" if call.from_header else "the arguments"
+        raise Failure(DATAERR, f"no recipients in {where}")
+    return address.unique(found)
+
+
+def _sender(word: str | None) -> bytes | None:
+    """The envelope sender: empty for the null sender, None where none was given."""
+    if word is None:
+        return None
+    try:
+        found = address.mailboxes(os.fsencode(word))
+    except address.Ambiguous as error:
+        raise Failure(USAGE, f"bad envelope sender {word[:80]!r}: {error}") from None
+    return found[0] if found else b""
+
+
+def _from(full_name: str, sender: bytes) -> bytes:
+    """The value of a From: field for a message that has none."""
+    name = os.fsencode(full_name)
+    if not name:
+        return sender
+    if name.isascii() and name.decode().isprintable():
+        return b'"' + name.replace(b"\\", b"\\\\").replace(b'"', b'\\"') + b'" <' + sender + b">"
+    # RFC 2047: an encoded word has at most 75 characters, so at most 45 bytes of text here.
+    import binascii
+
+    return b"=?utf-8?b?" + binascii.b2a_base64(name[:45], newline=False) + b"?= <" + sender + b">"
+
+
+def _login() -> bytes:
+    import pwd
+
+    try:
+        user = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        user = f"uid{os.getuid()}"
+    return f"{user}@{os.uname().nodename}".encode("ascii", "replace")
+
+
+def _directory() -> bytes:
+    try:
+        return os.getcwdb()
+    except OSError:
+        return b""
+
+
+def _parent() -> bytes:
+    try:
+        return os.readlink(f"/proc/{os.getppid()}/exe".encode())
+    except OSError:
+        return b""
+
+
+def _one_line(value: bytes) -> bytes:
+    """VALUE as an envelope value: UTF-8, no control characters, at most 1,000 bytes."""
+    text = value[:1000].decode("utf-8", "replace")
+    return "".join(c if c.isprintable() else "?" for c in text).encode()
+
+
+def _read() -> bytes:
+    try:
+        return os.read(0, READ_SIZE)
+    except OSError as error:
+        raise Failure(IOERR, f"cannot read the message from standard input: {error.strerror}") from None
+
+
+def _hold_standard_descriptors() -> None:
+    """Keep 0, 1 and 2 from becoming a file of the spool where the caller has closed them."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            # 0 is opened for writing only, so that reading the message from it fails and says so.
+            os.open("/dev/null", os.O_WRONLY)
+
+
+def _complain(sentence: str) -> None:
+    """One line on standard error, and to syslog, since php-fpm throws standard error away."""
+    text = "".join(c if c.isprintable() else "?" for c in sentence).encode("utf-8", "replace")
+    try:
+        os.write(2, b"secure-sendmail-enqueue: " + text + b"\n")
+    except OSError:
+        pass
+    try:
+        import socket
+
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as log:
+            # <20> is facility mail, severity warning (RFC 5424 section 6.2.1).
+            log.sendto(b"<20>secure-sendmail-enqueue[%d]: " % os.getpid() + text, "/dev/log")
+    except (OSError, ImportError):
+        pass

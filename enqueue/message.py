@@ -1,0 +1,167 @@
+"""The message: line ends made one, header read once, recipients found, Bcc and forged tags taken out, ours put in."""
+
+from collections.abc import Callable, Iterator
+
+from enqueue import address
+from enqueue.failure import DATAERR, Failure
+
+# Postfix refuses a header field above 102,400 bytes ("message header length exceeds safety limit").
+MAX_FIELD = 102_400
+MAX_HEADER = 1 << 20
+
+# Never passed on, whoever wrote them: who got a blind copy, and the trace header that only final delivery adds.
+ALWAYS_DROPPED = frozenset((b"bcc", b"resent-bcc", b"return-path"))
+
+# A field name: printable ASCII without the colon (RFC 5322 section 2.2).
+NAME_BYTES = bytes(n for n in range(33, 127) if n != 0x3A)
+
+
+class Field:
+    """A header field: its name in lower case, and its bytes as they stand, continuation lines and last LF included."""
+
+    def __init__(self, name: bytes, raw: bytes) -> None:
+        self.name = name
+        self.raw = raw
+
+    def value(self) -> bytes:
+        """The unfolded value (RFC 5322 section 2.2.3)."""
+        return self.raw.partition(b":")[2].replace(b"\n", b"").strip(b" \t")
+
+
+def canonical(read: Callable[[], bytes]) -> Iterator[bytes]:
+    """What READ returns until it is empty, with every line ended by one LF and no CR left.
+
+    CRLF and CR CR LF are one line end, a lone CR is one too; a missing last line end is added. Done before anything
+    looks at a line, so that no later reader sees a line here that we did not see.
+    """
+    waiting = 0
+    last = b"\n"
+    while chunk := read():
+        if not chunk.strip(b"\r"):
+            waiting += len(chunk)
+            continue
+        if waiting:
+            rest = chunk.lstrip(b"\r")
+            waiting += len(chunk) - len(rest)
+            chunk = rest if rest.startswith(b"\n") else b"\n" * waiting + rest
+        body = chunk.rstrip(b"\r")
+        waiting = len(chunk) - len(body)
+        if b"\r" in body:
+            body = body.replace(b"\r\n", b"\n")
+            if b"\r" in body:
+                body = b"\n".join([line.rstrip(b"\r") for line in body.split(b"\n")]).replace(b"\r", b"\n")
+        last = body[-1:]
+        yield body
+    if last != b"\n" or waiting:
+        yield b"\n"
+
+
+class Message:
+    """A message with its header in memory and its body still to be read.
+
+    Raises Failure(DATAERR) for an empty input, an endless header, a NUL in the header.
+    """
+
+    def __init__(self, read: Callable[[], bytes]) -> None:
+        self._chunks = canonical(read)
+        head, self._rest = self._split()
+        self.fields = _fields(head)
+
+    def _split(self) -> tuple[bytes, bytes]:
+        """The header with its last LF, and what is read of the body so far."""
+        pieces = []
+        size = 0
+        for chunk in self._chunks:
+            pieces.append(chunk)
+            size += len(chunk)
+            if size > MAX_HEADER:
+                break
+        data = b"".join(pieces)
+        if not data:
+            raise Failure(DATAERR, "the message is empty")
+        start = _mbox_lines(data)
+        end = _header_end(data, start)
+        if end > MAX_HEADER:
+            raise Failure(DATAERR, f"the header is longer than {MAX_HEADER} bytes")
+        if b"\0" in data[start:end]:
+            raise Failure(DATAERR, "a NUL byte in the header")
+        # The blank line is ours to write: a header that ends in a line which is no field gets one too.
+        return data[start:end], data[end:].removeprefix(b"\n")
+
+    def first(self, name: bytes) -> bytes | None:
+        """The value of the first field called NAME (lower case)."""
+        for field in self.fields:
+            if field.name == name:
+                return field.value()
+        return None
+
+    def recipients(self) -> list[bytes]:
+        """The mailboxes of To, Cc and Bcc, or of Resent-To, Resent-Cc and Resent-Bcc where one of these is there."""
+        names: tuple[bytes, ...] = (b"resent-to", b"resent-cc", b"resent-bcc")
+        if not any(field.name in names for field in self.fields):
+            names = (b"to", b"cc", b"bcc")
+        found = []
+        for field in self.fields:
+            if field.name in names:
+                if len(field.raw) > MAX_FIELD:
+                    raise Failure(DATAERR, f"the {field.name.decode()} field is longer than {MAX_FIELD} bytes")
+                found += lexed(field.value(), f"the {field.name.decode()} field")
+        return found
+
+    def chunks(self, tag: list[tuple[bytes, bytes]], missing: list[tuple[bytes, bytes]]) -> Iterator[bytes]:
+        """The message to be stored: TAG first and only ours, then those of MISSING that the header lacks, then the rest."""
+        dropped = ALWAYS_DROPPED | {name.lower() for name, _ in tag}
+        names = {field.name for field in self.fields}
+        ours = tag + [(name, value) for name, value in missing if name.lower() not in names]
+        head = [name + b": " + value + b"\n" for name, value in ours]
+        head += [field.raw for field in self.fields if field.name not in dropped]
+        yield b"".join(head) + b"\n" + self._rest
+        yield from self._chunks
+
+
+def lexed(value: bytes, where: str) -> list[bytes]:
+    """The mailboxes in VALUE. Raises Failure(DATAERR), saying WHERE, when it has no single reading."""
+    try:
+        return address.mailboxes(value)
+    except address.Ambiguous as error:
+        raise Failure(DATAERR, f"ambiguous recipients in {where}: {error}") from None
+
+
+def _mbox_lines(data: bytes) -> int:
+    """The length of the leading `From ` lines of an mbox file, quoted or not."""
+    start = 0
+    while data[start : start + 80].lstrip(b">").startswith(b"From "):
+        start = data.find(b"\n", start) + 1 or len(data)
+    return start
+
+
+def _header_end(data: bytes, position: int) -> int:
+    """The place of the first line from POSITION on that is neither a field nor its continuation."""
+    start = position
+    while position < len(data):
+        line_end = data.find(b"\n", position) + 1 or len(data)
+        continues = position > start and data[position] in b" \t"
+        if not continues and not _name(data[position:line_end]):
+            break
+        position = line_end
+    return position
+
+
+def _name(line: bytes) -> bytes:
+    """The field name of LINE in lower case, white space before the colon allowed; empty if LINE is no field."""
+    name, colon, _ = line.partition(b":")
+    name = name.rstrip(b" \t")
+    if not colon or name.strip(NAME_BYTES):
+        return b""
+    # strip() takes bytes off both ends only, and leaves something exactly when a byte inside is not allowed.
+    return name.lower()
+
+
+def _fields(head: bytes) -> list[Field]:
+    fields: list[Field] = []
+    for line in head.split(b"\n")[:-1]:
+        if line[:1] in (b" ", b"\t"):
+            fields[-1].raw += line + b"\n"
+        else:
+            fields.append(Field(_name(line), line + b"\n"))
+    return fields

@@ -1,0 +1,120 @@
+"""The command line, as sendmail's callers write it: POSIX order, joined and separate values, grouped flags."""
+
+import os
+
+from enqueue.failure import USAGE, Failure
+
+DEFAULT_SPOOL = "/var/spool/php-secure-sendmail"
+
+# Flags that take a value, joined or as the next word. Apart from F, f and r the value is skipped and never looked
+# at: no option opens a path or reaches another command.
+WITH_VALUE = frozenset("ABCFLNORVXdefhopr")
+IGNORED = frozenset("GUcimntvx")
+
+LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789")
+
+
+class Call:
+    """What the caller asked for."""
+
+    def __init__(self) -> None:
+        self.spool = DEFAULT_SPOOL
+        self.vhost = ""
+        # None where neither SENDER nor -f nor -r was given.
+        self.sender: str | None = None
+        self.full_name = ""
+        self.from_header = False
+        self.recipients: list[str] = []
+
+
+def parse(argv: list[str]) -> Call:
+    """Read the words after the program's name.
+
+    Raises Failure(USAGE) for an unknown option, a missing value, a mode that is not offered, a bad vhost.
+    """
+    call = Call()
+    words = list(argv)
+    if words[:1] == ["--spool"]:
+        if len(words) < 2 or not words[1]:
+            raise Failure(USAGE, "--spool needs a directory")
+        call.spool = words[1]
+        del words[:2]
+    leading = _options(call, words)
+    if not words:
+        raise Failure(USAGE, "no vhost: usage: secure-sendmail-enqueue [--spool DIR] VHOST [SENDER] -t -i")
+    call.vhost = vhost_name(words.pop(0))
+    if not leading and words and not words[0].startswith("-") and (len(words) == 1 or words[1].startswith("-")):
+        # -f and -r, read below, win over this word.
+        call.sender = words.pop(0)
+    _options(call, words)
+    call.recipients = words
+    if not call.recipients:
+        call.from_header = True
+    return call
+
+
+def vhost_name(word: str) -> str:
+    """WORD in lower case, if it is a host name (RFC 1123, at most 253 characters, no trailing dot)."""
+    name = word.lower()
+    labels = name.split(".")
+    good = len(name) <= 253 and all(
+        label and len(label) <= 63 and label[0] != "-" and label[-1] != "-" and LETTERS.issuperset(label.replace("-", ""))
+        for label in labels
+    )
+    if not good:
+        raise Failure(USAGE, f"bad vhost {word[:80]!r}: it must be a host name such as www.example.com")
+    return name
+
+
+def _options(call: Call, words: list[str]) -> bool:
+    """Take the options off the front of WORDS, up to the first other word or `--`; say whether there were any."""
+    any_option = False
+    while words and words[0].startswith("-") and words[0] != "-":
+        any_option = True
+        word = words.pop(0)
+        if word == "--":
+            break
+        _flags(call, word, words)
+    return any_option
+
+
+def _flags(call: Call, word: str, words: list[str]) -> None:
+    if word.startswith("--"):
+        raise Failure(USAGE, f"unknown option {word[:80]!r}")
+    position = 1
+    while position < len(word):
+        flag = word[position]
+        position += 1
+        if flag == "t":
+            call.from_header = True
+        elif flag in WITH_VALUE:
+            if position < len(word):
+                value = word[position:]
+            elif words:
+                value = words.pop(0)
+            else:
+                raise Failure(USAGE, f"option -{flag} needs a value")
+            if flag in "fr":
+                call.sender = value
+            elif flag == "F":
+                call.full_name = value
+            return
+        elif flag == "b":
+            _mode(word[position:] or (words.pop(0) if words else ""))
+            return
+        elif flag in "qI":
+            raise Failure(USAGE, f"-{flag} is not offered: this command only accepts mail; use the MTA's own command")
+        elif flag not in IGNORED:
+            raise Failure(USAGE, f"unknown option {'-' + flag!r}")
+
+
+def _mode(mode: str) -> None:
+    if mode == "m":
+        return
+    if mode == "s":
+        # The caller waits for a 220 banner; without an answer it would hang.
+        try:
+            os.write(1, b"421 SMTP on standard input is not offered; call with -t -i\r\n")
+        except OSError:
+            pass
+    raise Failure(USAGE, f"mode -b{mode[:20]} is not offered: call with -t -i and the message on standard input")

@@ -1,0 +1,1 @@
+"""The daemon that releases, holds and logs mail, and, in cli/, the administrator's command."""

@@ -1,0 +1,233 @@
+"""secure-sendmail hold: review of what the releaser holds."""
+
+import shutil
+import sys
+import time
+from typing import Any
+
+import click
+from rich.progress import Progress
+
+from releaser import envelope, layout, mailqueue, private
+from releaser.cli import output
+from releaser.cli.context import Context, Failed, json_option, pass_context
+from releaser.cli.select import Filters, filters
+from releaser.ledger import ACTIVE, CORRUPT, DECISIONS, DONE, FAILED, HELD, TRASHED, Row
+
+ONE_RECIPIENT = "EXISTS (SELECT 1 FROM json_each(remaining) WHERE lower(value) GLOB ?)"
+QUEUE_OF = {HELD: "hold", TRASHED: "trash", FAILED: "failed", CORRUPT: "corrupt", ACTIVE: "active"}
+# How long a verb waits for the releaser to carry out what it has recorded, in seconds.
+PATIENCE = 10
+SHOWN_LINES = 40
+# Decisions are said one by one up to this many.
+ROWS_SAID = 20
+
+
+@click.group()
+def hold() -> None:
+    """Review held mail."""
+
+
+@hold.command("list")
+@filters
+@json_option
+@click.option("--deleted", is_flag=True, help="List what was deleted and can be undeleted.")
+@pass_context
+def list_(context: Context, chosen: Filters, as_json: bool, deleted: bool) -> None:
+    """List held mail, oldest first."""
+    rows = _select(context, chosen, TRASHED if deleted else HELD)
+    if as_json:
+        output.as_json([_facts(row) for row in rows])
+        return
+    columns = ["QUEUE ID", "HELD AT", "VHOST", "REASON", "SENDER", "RECIPIENTS", "SIZE", "SUBJECT", "SCRIPT"]
+    output.table(
+        columns,
+        (
+            [row.queue_id, (row.held_at or "")[:19] + "Z", row.vhost, row.reason, row.sender or "<>", _few(row.remaining),
+             row.size, row.subject, row.script]
+            for row in rows
+        ),
+        "nothing is deleted" if deleted else "nothing is held",
+    )  # fmt: skip
+
+
+@hold.command()
+@click.argument("queue_id", metavar="ID")
+@click.option("--raw", is_flag=True, help="Write the message itself, byte for byte as it would be sent (lines ended by LF).")
+@json_option
+@pass_context
+def show(context: Context, queue_id: str, raw: bool, as_json: bool) -> None:
+    """Show one message."""
+    row = context.ledger.row(queue_id) if layout.is_queue_id(queue_id) else None
+    if row is None:
+        raise Failed(f"no message {queue_id!r}")
+    if as_json:
+        output.as_json({**_facts(row), "state": row.state, "cwd": row.cwd, "uid": row.uid, "message_id": row.message_id,
+                        "arrived_at": row.arrived_at, "actor": row.actor})  # fmt: skip
+        return
+    if row.state not in QUEUE_OF:
+        raise Failed(f"{queue_id}: {_ended(row)}; its text is gone")
+    path = layout.path(context.spool, QUEUE_OF[row.state], queue_id)
+    try:
+        if row.state == CORRUPT:
+            raise Failed(f"{queue_id}: corrupt ({row.reason}); the file is {path}")
+        found, stream = mailqueue.read(path)
+    except (OSError, envelope.NoLayout, envelope.NewerLayout) as error:
+        raise Failed(f"{path}: {error}; run: secure-sendmail check") from None
+    with stream:
+        if raw:
+            shutil.copyfileobj(stream, sys.stdout.buffer)
+            sys.stdout.buffer.flush()
+            return
+        facts = [
+            ("state", row.state), ("vhost", row.vhost), ("reason", row.reason), ("sender", row.sender or "<>"),
+            *(("recipient", recipient) for recipient in found.recipients), *(("failed", words) for words in found.failed),
+            ("held at", row.held_at or ""), ("arrived", row.arrived_at), ("uid", row.uid), ("script (claimed)", row.script),
+            ("cwd (claimed)", row.cwd), ("program (claimed)", found.program), ("size", row.size),
+        ]  # fmt: skip
+        for key, value in facts:
+            output.say(f"{key + ':':18} {value}")
+        print()
+        for number, line in enumerate(iter(lambda: stream.readline(2000), b"")):
+            if number == SHOWN_LINES:
+                output.say(f"… (all of it: secure-sendmail hold show {queue_id} --raw)")
+                break
+            output.say(line.decode("utf-8", "replace").rstrip("\n"))
+
+
+def _verb(name: str, text: str) -> None:
+    @hold.command(name, help=text)
+    @filters
+    @click.option("--why", default="", metavar="TEXT", help="The reason, for the log.")
+    @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+    @click.option("--yes", is_flag=True, help="Do not ask.")
+    @pass_context
+    def verb(context: Context, chosen: Filters, why: str, dry_run: bool, yes: bool) -> None:
+        _decide(context, name, chosen, why, dry_run, yes)
+
+
+_verb("release", "Send held mail now, whatever the limits say.")
+_verb("delete", "Put held mail into the trash; undelete takes it back.")
+_verb("undelete", "Take deleted mail back into the hold queue.")
+
+
+def _decide(context: Context, decision: str, chosen: Filters, why: str, dry_run: bool, yes: bool) -> None:
+    if not chosen.ids and not chosen.given and not chosen.everything:
+        raise click.UsageError(f"which mail? Give ids, a filter, or --all: secure-sendmail hold {decision} --help")
+    rows = _select(context, chosen, DECISIONS[decision])
+    refused = [_refusal(context, queue_id, decision) for queue_id in set(chosen.ids) - {row.queue_id for row in rows}]
+    for sentence in sorted(refused):
+        output.complain(sentence)
+    if rows:
+        by_vhost = {vhost: sum(1 for row in rows if row.vhost == vhost) for vhost in sorted({row.vhost for row in rows})}
+        output.say(f"{decision}: {_messages(len(rows))} ({', '.join(f'{v}: {n}' for v, n in by_vhost.items())})")
+    elif not refused:
+        output.say(f"no mail to {decision}")
+    if rows and not dry_run:
+        # Mail named one by one and sent on needs no second word; a selection, and anything removed, does.
+        if decision == "delete" or chosen.given or chosen.everything:
+            _confirm(decision, yes)
+        done = context.ledger.decide(decision, [row.queue_id for row in rows], private.actor(), why)
+        context.ring()
+        taken = {row.queue_id for row in rows} - set(done)
+        for queue_id in sorted(taken):
+            refused.append(_refusal(context, queue_id, decision))
+            output.complain(refused[-1])
+        _follow(context, decision, done)
+    if refused:
+        raise click.exceptions.Exit(1)
+
+
+def _confirm(decision: str, yes: bool) -> None:
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise click.UsageError(f"without a terminal, {decision} of a selection needs --yes")
+    click.confirm(f"{decision}?", abort=True)
+
+
+def _follow(context: Context, decision: str, queue_ids: list[str]) -> None:
+    """Say what became of the decisions, waiting a little for the releaser."""
+    if not queue_ids:
+        return
+    if not context.running:
+        output.say(f"recorded: {_messages(len(queue_ids))}; the releaser is not running")
+        return
+    waiting = set(queue_ids)
+    started = last = time.monotonic()
+    with Progress(disable=not sys.stdout.isatty(), transient=True) as progress:
+        bar = None
+        while waiting and time.monotonic() - last < PATIENCE:
+            before = len(waiting)
+            waiting &= set(context.ledger.undone(decision))
+            if len(waiting) < before:
+                last = time.monotonic()
+            if bar is None and time.monotonic() - started > 1:
+                bar = progress.add_task(decision, total=len(queue_ids))
+            if bar is not None:
+                progress.update(bar, completed=len(queue_ids) - len(waiting))
+            if waiting:
+                time.sleep(0.02)
+    ended = [row for queue_id in queue_ids[:ROWS_SAID] if (row := context.ledger.row(queue_id))]
+    for row in ended:
+        output.say(f"{row.queue_id}: {_ended(row)}")
+    if len(queue_ids) > ROWS_SAID:
+        output.say(f"… and {len(queue_ids) - ROWS_SAID} more")
+    if waiting:
+        output.say(f"recorded: {_messages(len(waiting))}; the releaser has not come to it yet")
+
+
+def _refusal(context: Context, queue_id: str, decision: str) -> str:
+    row = context.ledger.row(queue_id)
+    if row is None:
+        return f"{queue_id}: no such message"
+    if row.state == DECISIONS[decision] and row.decision and row.executed_at is None:
+        return f"{queue_id}: {row.decision} is recorded already, by {row.actor}"
+    already = "already " if row.decision == decision else ""
+    return f"{queue_id}: not {decision}d now, it is {already}{_ended(row)}"
+
+
+def _ended(row: Row) -> str:
+    """What has become of ROW, in a sentence."""
+    by = f" by {row.actor} at {row.executed_at}" if row.decision and row.executed_at else ""
+    if row.decision and not row.executed_at:
+        return f"{row.decision} is recorded, by {row.actor}"
+    if row.state == ACTIVE:
+        way = "deferred by the MTA, is tried again" if row.deferred_at else "on its way to the MTA"
+        return f"released{by}, {way}" if row.decision == "release" else way
+    if row.state == DONE:
+        return f"released{by}, sent" if row.decision == "release" else "sent"
+    return {
+        HELD: f"back in the hold queue{by}" if row.decision == "undelete" else "held",
+        TRASHED: f"deleted{by}",
+        FAILED: f"refused by the MTA{by and ', released' + by}",
+        CORRUPT: f"corrupt: {row.reason}",
+    }.get(row.state, "its outcome is unknown")
+
+
+def _select(context: Context, chosen: Filters, state: str) -> list[Row]:
+    condition, values = chosen.condition("held_at", ONE_RECIPIENT)
+    return context.ledger.rows(f"state = ? AND {condition}", state, *values)
+
+
+def _facts(row: Row) -> dict[str, Any]:
+    return {
+        "queue_id": row.queue_id,
+        "vhost": row.vhost,
+        "reason": row.reason,
+        "sender": row.sender,
+        "recipients": row.remaining,
+        "size": row.size,
+        "subject": row.subject,
+        "script": row.script,
+        "held_at": row.held_at,
+    }
+
+
+def _few(recipients: list[str]) -> str:
+    shown = ", ".join(recipients[:3])
+    return f"{shown} and {len(recipients) - 3} more" if len(recipients) > 3 else shown
+
+
+def _messages(count: int) -> str:
+    return f"{count} message" if count == 1 else f"{count} messages"

@@ -1,0 +1,116 @@
+"""secure-sendmail status, limits, log: what is going on."""
+
+import os
+import time
+from typing import Any
+
+import click
+
+from releaser import limits
+from releaser.cli import output
+from releaser.cli.context import Context, json_option, pass_context
+from releaser.cli.select import Filters, filters
+from releaser.cli.vhost import queued
+from releaser.ledger import ACTIVE, FAILED, HELD
+
+
+@click.command()
+@json_option
+@pass_context
+def status(context: Context, as_json: bool) -> None:
+    """Counts of the queues, and each vhost's windows."""
+    counts = context.ledger.counts()
+    held = context.ledger.held_by_vhost()
+    names = context.vhosts()
+    facts: dict[str, Any] = {
+        "running": context.running,
+        "queued": sum(queued(context, name) for name in names),
+        "active": counts.get(ACTIVE, 0),
+        "held": counts.get(HELD, 0),
+        "failed": counts.get(FAILED, 0),
+        "corrupt": len(os.listdir(f"{context.spool}/corrupt")),
+        # Without a [mysql] section the ledger keeps the log itself, and nothing waits.
+        "outbox": 0,
+        "observe": [name for name in names if context.config.vhost(name).over_limit == "observe"],
+        "vhosts": [{"name": name, "held": held.get(name, 0), "windows": windows(context, name)} for name in names],
+    }
+    if as_json:
+        output.as_json(facts)
+        return
+    output.say("the releaser is running" if facts["running"] else "the releaser is not running")
+    if facts["observe"]:
+        output.say(f'over_limit is "observe", mail over a limit is sent: {", ".join(facts["observe"])}')
+    output.say("  ".join(f"{name} {facts[name]}" for name in ("queued", "active", "held", "failed", "corrupt", "outbox")))
+    output.table(
+        ["VHOST", "HELD", "USED"],
+        (
+            [v["name"], v["held"], "  ".join(f"{w['used']} of {w['text']}" for w in v["windows"]) or "unlimited"]
+            for v in facts["vhosts"]
+        ),
+        "no vhosts; run: secure-sendmail vhost add VHOST",
+    )
+
+
+@click.group("limits")
+def limits_() -> None:
+    """Limits of vhosts."""
+
+
+@limits_.command("show")
+@click.argument("name", metavar="VHOST")
+@json_option
+@pass_context
+def limits_show(context: Context, name: str, as_json: bool) -> None:
+    """Every window of VHOST, with what is used of it now."""
+    settings = context.config.vhost(context.known_vhost(name.lower()))
+    found = windows(context, name.lower())
+    if as_json:
+        facts = {"vhost": name.lower(), "count": settings.count, "over_limit": settings.over_limit, "windows": found}
+        output.as_json(facts)
+        return
+    output.say(f"{name.lower()}: counts {settings.count}, over the limit: {settings.over_limit}")
+    output.table(["LIMIT", "USED", "LEFT"], ([w["text"], w["used"], max(w["limit"] - w["used"], 0)] for w in found), "unlimited")
+
+
+@click.command("log")
+@filters
+@click.option("--event", metavar="NAME", help="Only this event: released, held, deferred, failed, deleted, …")
+@click.option("--last", type=click.IntRange(1), metavar="N", help="Only the last N rows.")
+@json_option
+@pass_context
+def log_(context: Context, chosen: Filters, event: str | None, last: int | None, as_json: bool) -> None:
+    """What became of every recipient of every mail, oldest first, from the ledger."""
+    condition, values = chosen.condition("logged_at", "lower(recipient) GLOB ?")
+    if event is not None:
+        condition += " AND event = ?"
+        values.append(event)
+    rows = list(context.ledger.log_rows(condition, values, last))
+    if as_json:
+        output.as_json(rows)
+        return
+    columns = [
+        "logged_at",
+        "event",
+        "queue_id",
+        "vhost",
+        "sender",
+        "recipient",
+        "subject",
+        "reason",
+        "mta_queue_id",
+        "actor",
+    ]
+    output.table([name.upper() for name in columns], ([row[name] for name in columns] for row in rows), "nothing is logged")
+
+
+def windows(context: Context, name: str) -> list[dict[str, Any]]:
+    """The windows of vhost NAME as the releaser counts them: limit, seconds, used, and the configuration's text."""
+    settings = context.config.vhost(name)
+    now = time.time()
+    longest = max((limit.seconds for limit in settings.limits), default=0)
+    account = limits.Account(settings.limits, settings.count == "messages", context.ledger.usage(name, now - longest))
+    for queue_id, recipients in context.ledger.reserved(name):
+        account.reserve(queue_id, recipients)
+    return [
+        {"limit": limit.count, "seconds": limit.seconds, "used": used, "text": limit.text} for limit, used in account.used(now)
+    ]

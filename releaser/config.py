@@ -1,0 +1,353 @@
+"""releaser.toml and vhosts.d/*.toml: every key with its default, read once, with an error that names file and key."""
+
+import grp
+import os
+import pwd
+import re
+import stat
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any
+
+from releaser import envelope, layout, limits
+
+DEFAULT_FILE = "/etc/php-secure-sendmail/releaser.toml"
+
+_DURATION = re.compile(r"([1-9][0-9]{0,6})([smhd])\Z")
+_SIZE = re.compile(r"([1-9][0-9]{0,8})([KMG]?)\Z")
+_HEADER = re.compile(r"[A-Za-z][A-Za-z0-9-]{0,60}\Z")
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the text names file, key, what was found and what is allowed."""
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value.isprintable():
+        raise ValueError(f"{value!r} is not a string of printable characters")
+    return value
+
+
+def _directory(value: object) -> str:
+    text = _text(value)
+    if not text.startswith("/") or text.rstrip("/") == "":
+        raise ValueError(f"{text!r} is not an absolute path to a directory")
+    return text.rstrip("/")
+
+
+def duration(value: object) -> int:
+    """Seconds of a text such as "90s", "5m", "12h", "5d". Raises ValueError."""
+    match = _DURATION.match(_text(value))
+    if not match:
+        raise ValueError(f'{value!r} is not a duration such as "90s", "5m", "12h" or "5d"')
+    return int(match[1]) * limits.UNITS[match[2]]
+
+
+def size(value: object) -> int:
+    """Bytes of a text such as "500K", "50M", "1G" (powers of 1024). Raises ValueError."""
+    match = _SIZE.match(_text(value))
+    if not match:
+        raise ValueError(f'{value!r} is not a size such as "500K", "50M" or "1G"')
+    return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]]
+
+
+def _url(value: object) -> str:
+    text = _text(value)
+    scheme, _, rest = text.partition(":")
+    if scheme == "maildir" and rest.startswith("/") and rest.strip("/"):
+        return text.rstrip("/")
+    if scheme == "sendmail":
+        raise ValueError(f"{text!r}: sendmail: is not built yet; allowed are smtp://HOST:PORT and maildir:DIR")
+    host, _, port = rest.removeprefix("//").rpartition(":")
+    if scheme == "smtp" and rest.startswith("//") and host and port.isdigit() and 0 < int(port) < 65536:
+        return text
+    raise ValueError(f"{text!r} is neither smtp://HOST:PORT nor maildir:DIR with an absolute path")
+
+
+def _header(value: object) -> str:
+    if not _HEADER.match(_text(value)):
+        raise ValueError(f'{value!r} is not a header name such as "X-Domain"')
+    return str(value)
+
+
+def _limits(value: object) -> tuple[limits.Limit, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f'{value!r} is not a list of limits such as ["50/5m", "200/1h"]')
+    return limits.parse(value)
+
+
+def _address(value: object) -> str:
+    if not envelope.is_address(_text(value)) or "@" not in str(value):
+        raise ValueError(f"{value!r} is not a mail address")
+    return str(value)
+
+
+def _one_of(allowed: tuple[str, ...], later: tuple[str, ...] = ()) -> Callable[[object], str]:
+    def parse(value: object) -> str:
+        names = " or ".join(f'"{name}"' for name in allowed)
+        if value in later:
+            raise ValueError(f'"{value}" is not built yet; allowed: {names}')
+        if value not in allowed:
+            raise ValueError(f"{value!r} is not allowed; allowed: {names}")
+        return str(value)
+
+    return parse
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of the configuration: its parser, and its default in the file's own spelling (None: no default)."""
+
+    parse: Callable[[object], Any]
+    default: object
+
+
+_COUNT = _one_of(("recipients", "messages"))
+_OVER_LIMIT = _one_of(("hold", "observe"), later=("pace", "reject"))
+_SENDER_POLICY = _one_of(("allow",), later=("force", "own-domains"))
+
+SECTIONS: dict[str, dict[str, Key]] = {
+    "": {
+        "spool": Key(_directory, "/var/spool/php-secure-sendmail"),
+        "state": Key(_directory, "/var/lib/php-secure-sendmail"),
+    },
+    "mta": {
+        "url": Key(_url, "smtp://127.0.0.1:25"),
+        "give_up": Key(duration, "5d"),
+    },
+    "tag": {
+        "domain_header": Key(_header, "X-Domain"),
+        "complaints_header": Key(_header, "X-Complaints-To"),
+        "complaints_to": Key(_text, "abuse@HOSTNAME"),
+    },
+    "limits": {
+        "default": Key(_limits, ["50/5m", "100/30m", "200/1h", "500/1d"]),
+        "count": Key(_COUNT, "recipients"),
+        "over_limit": Key(_OVER_LIMIT, "hold"),
+        "max_message_size": Key(size, "50M"),
+    },
+}
+
+# Keys of [vhosts."V"] and vhosts.d/V.toml, and the key that holds where they are absent.
+VHOST_KEYS = {
+    "limits": Key(_limits, ("limits", "default")),
+    "count": Key(_COUNT, ("limits", "count")),
+    "over_limit": Key(_OVER_LIMIT, ("limits", "over_limit")),
+    "max_message_size": Key(size, ("limits", "max_message_size")),
+    "sender": Key(_address, None),
+    "sender_policy": Key(_SENDER_POLICY, None),
+}
+
+NOT_BUILT = {
+    "": ("mysql", "log"),
+    "limits": ("notify", "shared_uid", "hold_max_messages", "hold_max_bytes", "min_free", "pace_max"),
+    "vhosts": ("error_log", "users"),
+}
+
+
+@dataclass(frozen=True)
+class VhostSettings:
+    """What holds for one vhost."""
+
+    limits: tuple[limits.Limit, ...]
+    count: str
+    over_limit: str
+    max_message_size: int
+    sender: str | None
+
+
+@dataclass(frozen=True)
+class Config:
+    """One consistent configuration; a reload makes a new one."""
+
+    file: str
+    spool: str
+    state: str
+    mta_url: str
+    give_up: int
+    domain_header: str
+    complaints_header: str
+    complaints_to: str
+    _sections: dict[str, dict[str, Any]] = field(repr=False)
+    # By exact name, and in file order by pattern; values already parsed.
+    _exact: dict[str, dict[str, Any]] = field(repr=False)
+    _patterns: dict[str, dict[str, Any]] = field(repr=False)
+
+    @cached_property
+    def _found(self) -> dict[str, VhostSettings]:
+        return {}
+
+    def vhost(self, name: str) -> VhostSettings:
+        """The settings of vhost NAME, key by key: its exact entry, then the first pattern that has the key, then [limits]."""
+        settings = self._found.get(name)
+        if settings is None:
+            sources = [self._exact.get(name, {})]
+            sources += [keys for pattern, keys in self._patterns.items() if fnmatchcase(name, pattern)]
+            values: dict[str, Any] = {}
+            for key, spec in VHOST_KEYS.items():
+                section, global_key = spec.default if isinstance(spec.default, tuple) else ("", "")
+                fallback = self._sections[section][global_key] if section else None
+                values[key] = next((source[key] for source in sources if key in source), fallback)
+            values.pop("sender_policy")
+            settings = self._found[name] = VhostSettings(**values)
+        return settings
+
+    def tag(self, vhost: str) -> tuple[tuple[str, str], ...]:
+        """The header fields that every message of VHOST begins with."""
+        return ((self.domain_header, vhost), (self.complaints_header, self.complaints_to))
+
+
+def load(file: str) -> Config:
+    """Read FILE and vhosts.d/*.toml beside it. Raises ConfigError."""
+    document = _read(file)
+    for section in document:
+        if section not in SECTIONS and section not in SECTIONS[""] and section != "vhosts":
+            raise _unknown(file, "", section, [*SECTIONS[""], *filter(None, SECTIONS), "vhosts"])
+    sections: dict[str, dict[str, Any]] = {}
+    for section, keys in SECTIONS.items():
+        found = _table(file, section, document.get(section, {})) if section else document
+        if section:
+            for key in found:
+                if key not in keys:
+                    raise _unknown(file, section, key, list(keys))
+        sections[section] = {key: _value(file, section, key, spec, found.get(key, spec.default)) for key, spec in keys.items()}
+    exact, patterns = _vhosts(file, _table(file, "vhosts", document.get("vhosts", {})))
+    tag = sections["tag"]
+    return Config(
+        file=file,
+        spool=sections[""]["spool"],
+        state=sections[""]["state"],
+        mta_url=sections["mta"]["url"],
+        give_up=sections["mta"]["give_up"],
+        domain_header=tag["domain_header"],
+        complaints_header=tag["complaints_header"],
+        complaints_to=tag["complaints_to"].replace("HOSTNAME", os.uname().nodename),
+        _sections=sections,
+        _exact=exact,
+        _patterns=patterns,
+    )
+
+
+def signature(file: str) -> tuple[tuple[str, int, int, int], ...]:
+    """What changes when a configuration file is written, added, replaced or removed."""
+    found = []
+    for path in [file, *_vhost_files(file)]:
+        try:
+            status = os.stat(path)
+        except OSError:
+            continue
+        found.append((path, status.st_ino, status.st_mtime_ns, status.st_size))
+    return tuple(found)
+
+
+def vhosts_directory(file: str) -> str:
+    return os.path.join(os.path.dirname(os.path.abspath(file)), "vhosts.d")
+
+
+def _vhost_files(file: str) -> list[str]:
+    directory = vhosts_directory(file)
+    try:
+        names = sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ConfigError(f"{directory}: {error.strerror}") from None
+    return [os.path.join(directory, name) for name in names if name.endswith(".toml") and not name.startswith(".")]
+
+
+def _vhosts(file: str, tables: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    exact: dict[str, dict[str, Any]] = {}
+    patterns: dict[str, dict[str, Any]] = {}
+    for name, table in tables.items():
+        section = f'vhosts."{name}"'
+        if layout.is_vhost(name):
+            exact[name] = _vhost(file, section, _table(file, section, table))
+        elif layout.is_vhost(re.sub(r"[*?]", "a", name)):
+            patterns[name] = _vhost(file, section, _table(file, section, table))
+        else:
+            raise ConfigError(
+                f'{file}: [{section}]: {name!r} is neither a host name in lower case nor a pattern such as "*.example.com"'
+            )
+    for path in _vhost_files(file):
+        name = os.path.basename(path).removesuffix(".toml")
+        if not layout.is_vhost(name):
+            raise ConfigError(f"{path}: {name!r} is not a host name in lower case; rename or remove the file")
+        keys = _vhost(path, "", _read(path))
+        both = sorted(keys.keys() & exact.get(name, {}).keys())
+        if both:
+            raise ConfigError(f'{path}: {both[0]}: also set in {file} [vhosts."{name}"]; keep one of the two')
+        exact[name] = exact.get(name, {}) | keys
+    return exact, patterns
+
+
+def _vhost(file: str, section: str, table: dict[str, Any]) -> dict[str, Any]:
+    for key in table:
+        if key not in VHOST_KEYS:
+            raise _unknown(file, section, key, list(VHOST_KEYS))
+    return {key: _value(file, section, key, VHOST_KEYS[key], value) for key, value in table.items()}
+
+
+def _value(file: str, section: str, key: str, spec: Key, value: object) -> Any:
+    try:
+        return spec.parse(value)
+    except ValueError as error:
+        raise ConfigError(f"{file}: {_where(section, key)}: {error}") from None
+
+
+def _table(file: str, section: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{file}: {section}: {value!r} is not a table; write [{section}] and its keys below it")
+    return value
+
+
+def _unknown(file: str, section: str, key: str, allowed: list[str]) -> ConfigError:
+    group = "vhosts" if section.startswith("vhosts") or (not section and "sender" in allowed) else section
+    if key in NOT_BUILT.get(group, ()):
+        return ConfigError(f"{file}: {_where(section, key)}: not built yet; remove it")
+    return ConfigError(f"{file}: {_where(section, key)}: unknown key; allowed: {', '.join(allowed)}")
+
+
+def _where(section: str, key: str) -> str:
+    return f"[{section}] {key}" if section else key
+
+
+def _read(file: str) -> dict[str, Any]:
+    try:
+        _check_owner(file)
+        with open(file, "rb") as stream:
+            return tomllib.load(stream)
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not valid TOML: {error}") from None
+
+
+def _check_owner(file: str) -> None:
+    """Refuse a configuration that someone besides root and this user could have written."""
+    path = os.path.realpath(file)
+    while True:
+        status = os.stat(path)
+        if status.st_uid not in (0, os.geteuid()):
+            raise ConfigError(f"{path}: owned by uid {status.st_uid}; it must belong to root or to uid {os.geteuid()}")
+        sticky = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
+        foreign_group = status.st_mode & stat.S_IWGRP and not _private_group(status.st_gid, status.st_uid)
+        if not sticky and (status.st_mode & stat.S_IWOTH or foreign_group):
+            raise ConfigError(f"{path}: writable by others (mode {stat.S_IMODE(status.st_mode):04o}); run: chmod go-w {path}")
+        if path == "/":
+            return
+        path = os.path.dirname(path)
+
+
+def _private_group(gid: int, uid: int) -> bool:
+    """Whether group GID is root's, or has no member besides UID."""
+    if gid == 0:
+        return True
+    try:
+        name = pwd.getpwuid(uid).pw_name
+        members = set(grp.getgrgid(gid).gr_mem) - {name}
+    except KeyError:
+        return False
+    return not members and not any(entry.pw_gid == gid and entry.pw_uid != uid for entry in pwd.getpwall())

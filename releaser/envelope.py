@@ -1,0 +1,129 @@
+"""The envelope: the lines before the message in every file of the spool. Pure; the page is spool_layout.md."""
+
+import re
+from dataclasses import dataclass, field, replace
+
+from releaser import layout
+
+MAX_ENVELOPE = 2 << 20
+
+# Lines that enqueue writes, and lines that only the releaser writes; each once, but for Recipient and Failed.
+SUBMITTED = ("Layout", "Vhost", "Sender", "Recipient", "Arrived", "Uid", "Cwd", "Program", "Script", "Message-Id")
+VERIFIED = ("Queue-Id", "Source", "Owner", "Picked-Up", "Held", "Reason", "Failed")
+MANY = ("Recipient", "Failed")
+
+_ATEXT = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~\u0080-\U0010ffff-]"
+_LOCAL = rf"(?:{_ATEXT}+(?:\.{_ATEXT}+)*|\"(?:[ !#-\[\]-~\u0080-\U0010ffff]|\\[ -~])*\")"
+_DOMAIN = r"(?:[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?|\[[0-9A-Za-z:.]+\])"
+_ADDRESS = re.compile(rf"{_LOCAL}(?:@{_DOMAIN})?\Z")
+
+
+class NoLayout(ValueError):
+    """The bytes are no file of any layout."""
+
+
+class NewerLayout(ValueError):
+    """The bytes are of a layout newer than this program."""
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """Who, to whom, when, and what is known of the origin. Times are ISO 8601 in UTC, as written.
+
+    What is not under "verified" is a claim of the process that submitted it.
+    """
+
+    vhost: str
+    recipients: tuple[str, ...]
+    # None: the caller gave none. Empty: the null sender.
+    sender: str | None = None
+    arrived: str = ""
+    uid: str = ""
+    cwd: str = ""
+    program: str = ""
+    script: str = ""
+    message_id: str = ""
+    # Verified: written by the releaser alone.
+    queue_id: str = ""
+    source: str = ""
+    owner: str = ""
+    picked_up: str = ""
+    held: str = ""
+    reason: str = ""
+    failed: tuple[str, ...] = field(default=())
+
+    def with_(self, **changes: object) -> "Envelope":
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+    def format(self) -> bytes:
+        """The lines, with the empty line that ends them."""
+        lines = [("Layout", str(layout.LAYOUT)), ("Vhost", self.vhost)]
+        if self.sender is not None:
+            lines.append(("Sender", self.sender))
+        lines += [("Recipient", recipient) for recipient in self.recipients]
+        for key in (*SUBMITTED[4:], *VERIFIED[:-1]):
+            value = getattr(self, _attribute(key))
+            if value:
+                lines.append((key, value))
+        lines += [("Failed", words) for words in self.failed]
+        return "".join(f"{key}: {one_line(value)}\n" for key, value in lines).encode() + b"\n"
+
+
+def parse(text: bytes, verified: bool) -> Envelope:
+    """The envelope that TEXT, up to and without the empty line, spells; VERIFIED lines only where they are allowed.
+
+    Raises NewerLayout, NoLayout.
+    """
+    try:
+        lines = text.decode().split("\n")
+    except UnicodeDecodeError:
+        raise NoLayout("the envelope is not UTF-8") from None
+    version = lines[0].removeprefix("Layout: ")
+    if not lines[0].startswith("Layout: ") or not version.isascii() or not version.isdigit() or len(version) > 6:
+        raise NoLayout("the first line is not 'Layout: N'")
+    if int(version) > layout.LAYOUT:
+        raise NewerLayout(f"layout {version} is newer than {layout.LAYOUT}, which this program reads")
+    known = SUBMITTED[1:] + (VERIFIED if verified else ())
+    values: dict[str, list[str]] = {}
+    for line in lines[1:]:
+        key, colon, value = line.partition(": ")
+        if not colon or key not in known:
+            raise NoLayout(f"unknown envelope line {line[:60]!r}")
+        if any(character < " " or character == "\x7f" for character in value):
+            raise NoLayout(f"a control character in the envelope line {key}")
+        if key in values and key not in MANY:
+            raise NoLayout(f"the envelope line {key} stands there twice")
+        values.setdefault(key, []).append(value)
+    sender = values.pop("Sender", [None])[0]
+    recipients = values.pop("Recipient", [])
+    failed = values.pop("Failed", [])
+    single = {_attribute(key): value[0] for key, value in values.items()}
+    vhost = single.pop("vhost", "")
+    if not layout.is_vhost(vhost):
+        raise NoLayout("no valid vhost in the envelope")
+    if not recipients:
+        raise NoLayout("no recipient in the envelope")
+    for address in recipients + ([sender] if sender else []):
+        if not is_address(address):
+            raise NoLayout(f"bad address {address[:80]!r} in the envelope")
+    return Envelope(vhost=vhost, recipients=tuple(recipients), sender=sender, failed=tuple(failed), **single)
+
+
+def is_address(text: str) -> bool:
+    """The one strict grammar for what may stand in MAIL FROM and RCPT TO: RFC 5321 section 4.1.2, the domain optional."""
+    return len(text.encode()) <= 320 and bool(_ADDRESS.match(text))
+
+
+def one_mailbox(address: str) -> bool:
+    """Whether the MTA delivers ADDRESS to one mailbox as far as can be known: it has a domain, and no `%` or `!`."""
+    local, at, domain = address.rpartition("@")
+    return bool(at and domain) and not set("%!") & set(local)
+
+
+def one_line(value: str) -> str:
+    """VALUE without control characters, as an envelope value must be."""
+    return "".join(c if c >= " " and c != "\x7f" else "?" for c in value)
+
+
+def _attribute(key: str) -> str:
+    return key.lower().replace("-", "_")

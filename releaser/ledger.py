@@ -1,0 +1,333 @@
+"""The ledger: the durable local truth about attempts, outcomes, usage, held mail, decisions and the log.
+
+One SQLite file, write-ahead log, synchronous=FULL. The daemon is the only one that moves a message from state to
+state; the command writes decisions, each as one compare-and-set.
+"""
+
+import json
+import os
+import socket
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+VERSION = 1
+FILE = "ledger.sqlite"
+
+# States of a message. The directory that holds it: ACTIVE new/ or active/, HELD hold/, TRASHED trash/, FAILED failed/,
+# CORRUPT corrupt/; DONE and UNKNOWN none.
+ACTIVE, HELD, TRASHED, FAILED, CORRUPT, DONE, UNKNOWN = (
+    "active",
+    "held",
+    "trashed",
+    "failed",
+    "corrupt",
+    "done",
+    "unknown",
+)
+
+# What a person can decide, and the state it applies to.
+DECISIONS = {"release": HELD, "delete": HELD, "undelete": TRASHED}
+
+SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE message (
+    queue_id TEXT PRIMARY KEY,
+    vhost TEXT NOT NULL,
+    state TEXT NOT NULL,
+    -- The name in new/ while a file may still be there, and the SHA-256 of the bytes that were read from it.
+    source TEXT,
+    digest TEXT NOT NULL,
+    -- Attempts begun; attempt_open is 1 from before the first byte goes to the MTA until its outcome is known.
+    attempts INTEGER NOT NULL DEFAULT 0,
+    attempt_open INTEGER NOT NULL DEFAULT 0,
+    -- Seconds since 1970: when to try again, and when it was first deferred.
+    next_try REAL,
+    deferred_at REAL,
+    -- Usage of the windows: the time of the final reply. Absent and limited = 1: a reservation.
+    limited INTEGER NOT NULL DEFAULT 1,
+    counted_at REAL,
+    recipients INTEGER NOT NULL,
+    -- JSON arrays: whom it still has to be sent to, and [recipient, words] of those that the MTA refused.
+    remaining TEXT NOT NULL,
+    refused TEXT NOT NULL DEFAULT '[]',
+    sender TEXT NOT NULL,
+    size INTEGER NOT NULL,
+    arrived_at TEXT NOT NULL,
+    picked_up_at TEXT NOT NULL,
+    held_at TEXT,
+    uid INTEGER NOT NULL,
+    verified INTEGER NOT NULL,
+    message_id TEXT NOT NULL,
+    subject TEXT NOT NULL,
+    script TEXT NOT NULL,
+    cwd TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    actor TEXT,
+    -- A person's decision that the releaser has not carried out yet, or the last one it has.
+    decision TEXT,
+    executed_at TEXT,
+    why TEXT NOT NULL DEFAULT ''
+);
+CREATE INDEX message_usage ON message (vhost, counted_at) WHERE counted_at IS NOT NULL;
+CREATE INDEX message_unfinished ON message (state, vhost) WHERE state NOT IN ('done', 'unknown');
+CREATE INDEX message_source ON message (source) WHERE source IS NOT NULL;
+CREATE INDEX message_decision ON message (decision) WHERE decision IS NOT NULL AND executed_at IS NULL;
+CREATE TABLE mail_log (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    node TEXT NOT NULL,
+    host TEXT NOT NULL,
+    logged_at TEXT NOT NULL,
+    arrived_at TEXT NOT NULL,
+    event TEXT NOT NULL,
+    queue_id TEXT NOT NULL,
+    message_id TEXT NOT NULL,
+    vhost TEXT NOT NULL,
+    uid INTEGER,
+    verified INTEGER NOT NULL,
+    sender TEXT NOT NULL,
+    recipient TEXT NOT NULL,
+    size INTEGER NOT NULL,
+    subject TEXT NOT NULL,
+    script TEXT NOT NULL,
+    cwd TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    mta_queue_id TEXT NOT NULL,
+    actor TEXT NOT NULL
+);
+CREATE INDEX mail_log_queue_id ON mail_log (queue_id);
+CREATE INDEX mail_log_logged_at ON mail_log (logged_at);
+"""
+
+LOG_COLUMNS = [
+    "node",
+    "seq",
+    "host",
+    "logged_at",
+    "arrived_at",
+    "event",
+    "queue_id",
+    "message_id",
+    "vhost",
+    "uid",
+    "verified",
+    "sender",
+    "recipient",
+    "size",
+    "subject",
+    "script",
+    "cwd",
+    "reason",
+    "mta_queue_id",
+    "actor",
+]
+
+
+class LedgerError(Exception):
+    """The ledger cannot be opened; the text says why and what to do."""
+
+
+@dataclass
+class Row:
+    """A message in the ledger; the columns of table message, remaining and refused decoded."""
+
+    queue_id: str
+    vhost: str
+    state: str
+    source: str | None
+    digest: str
+    recipients: int
+    remaining: list[str]
+    sender: str
+    size: int
+    arrived_at: str
+    picked_up_at: str
+    uid: int
+    verified: int
+    message_id: str
+    subject: str
+    script: str
+    cwd: str
+    reason: str
+    refused: list[tuple[str, str]]
+    attempts: int = 0
+    attempt_open: int = 0
+    next_try: float | None = None
+    deferred_at: float | None = None
+    limited: int = 1
+    counted_at: float | None = None
+    held_at: str | None = None
+    actor: str | None = None
+    decision: str | None = None
+    executed_at: str | None = None
+    why: str = ""
+
+
+_COLUMNS = tuple(field.name for field in fields(Row))
+_JSON = ("remaining", "refused")
+_PUT = (
+    f"INSERT INTO message ({', '.join(_COLUMNS)}) VALUES ({', '.join(':' + name for name in _COLUMNS)}) "
+    f"ON CONFLICT (queue_id) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in _COLUMNS[1:])}"
+)
+
+
+def utc(stamp: float) -> str:
+    """ISO 8601 in UTC with microseconds, for a time in seconds since 1970."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(stamp)) + f".{int(stamp % 1 * 1e6):06d}Z"
+
+
+class Ledger:
+    """An open ledger. One per thread. Times in logged_at, arrived_at, held_at and executed_at are ISO 8601 in UTC."""
+
+    def __init__(self, state: str, create: bool = False) -> None:
+        """Open STATE/ledger.sqlite, made where CREATE. Raises LedgerError."""
+        path = f"{state}/{FILE}"
+        if not create and not os.path.exists(path):
+            raise LedgerError(f"{path}: no ledger; the releaser makes it at its first start")
+        try:
+            self._db = sqlite3.connect(path, timeout=30, isolation_level=None)
+            self._db.row_factory = sqlite3.Row
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._open(path)
+        except sqlite3.Error as error:
+            raise LedgerError(f"{path}: {error}") from None
+        self.node = str(self._db.execute("SELECT value FROM meta WHERE key = 'node'").fetchone()[0])
+        self._host = socket.gethostname()
+
+    def _open(self, path: str) -> None:
+        found = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if found > VERSION:
+            raise LedgerError(f"{path}: version {found} is newer than {VERSION}, which this program knows; upgrade it")
+        if found == 0:
+            self._db.executescript(
+                f"BEGIN IMMEDIATE; {SCHEMA} INSERT INTO meta VALUES ('node', '{os.urandom(8).hex()}'); "
+                f"PRAGMA user_version = {VERSION}; COMMIT;"
+            )
+            os.chmod(path, 0o600)
+
+    def close(self) -> None:
+        self._db.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Everything inside becomes durable together, or not at all."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    # What the daemon writes, inside a transaction.
+
+    def put(self, row: Row) -> None:
+        """Write ROW, new or known. A decision that the command has recorded meanwhile is not in ROW's hands."""
+        values = {name: getattr(row, name) for name in _COLUMNS}
+        for name in _JSON:
+            values[name] = json.dumps(values[name])
+        self._db.execute(_PUT, values)
+
+    def remove(self, queue_id: str) -> None:
+        """Forget an attempt that never reached the MTA."""
+        self._db.execute("DELETE FROM message WHERE queue_id = ?", (queue_id,))
+
+    def source_gone(self, queue_ids: Iterable[str]) -> None:
+        self._db.executemany("UPDATE message SET source = NULL WHERE queue_id = ?", [(q,) for q in queue_ids])
+
+    def log(self, event: str, row: Row, now: float, recipients: Iterable[tuple[str, str, str]], actor: str = "") -> None:
+        """A log row per recipient; RECIPIENTS are (recipient, reason, MTA queue id)."""
+        columns = [name for name in LOG_COLUMNS if name != "seq"]
+        self._db.executemany(
+            f"INSERT INTO mail_log ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
+            [
+                (
+                    self.node, self._host, utc(now), row.arrived_at, event, row.queue_id, row.message_id, row.vhost, row.uid,
+                    row.verified, row.sender, recipient, row.size, row.subject, row.script, row.cwd, reason, mta_queue_id,
+                    actor,
+                )
+                for recipient, reason, mta_queue_id in recipients
+            ],
+        )  # fmt: skip
+
+    # What the daemon reads.
+
+    def rows(self, where: str, *values: object) -> list[Row]:
+        """The messages that the SQL condition WHERE picks, by queue id."""
+        sql = f"SELECT {', '.join(_COLUMNS)} FROM message WHERE {where} ORDER BY queue_id"
+        return [_row(found) for found in self._db.execute(sql, values)]
+
+    def row(self, queue_id: str) -> Row | None:
+        found = self.rows("queue_id = ?", queue_id)
+        return found[0] if found else None
+
+    def queue_ids(self, *states: str) -> list[str]:
+        """The messages in any of STATES."""
+        sql = f"SELECT queue_id FROM message WHERE state IN ({', '.join('?' * len(states))})"
+        return [found[0] for found in self._db.execute(sql, states)]
+
+    def decided(self) -> list[Row]:
+        """Messages with a decision that is not carried out yet."""
+        return self.rows("decision IS NOT NULL AND executed_at IS NULL")
+
+    def usage(self, vhost: str, since: float) -> list[tuple[float, int]]:
+        """(stamp, recipients) of what VHOST sent after SINCE, in order of time."""
+        sql = "SELECT counted_at, recipients FROM message WHERE vhost = ? AND counted_at > ? ORDER BY counted_at"
+        return [(found[0], found[1]) for found in self._db.execute(sql, (vhost, since))]
+
+    def reserved(self, vhost: str) -> list[tuple[str, int]]:
+        """(queue id, recipients) of VHOST's messages that are under way and count as now."""
+        sql = "SELECT queue_id, recipients FROM message WHERE vhost = ? AND state = 'active' AND limited AND counted_at IS NULL"
+        return [(found[0], found[1]) for found in self._db.execute(sql, (vhost,))]
+
+    # What the command uses.
+
+    def decide(self, decision: str, queue_ids: list[str], actor: str, why: str) -> list[str]:
+        """Record DECISION on those of QUEUE_IDS that are in its state and undecided; return these."""
+        done = []
+        with self.transaction():
+            for queue_id in queue_ids:
+                changed = self._db.execute(
+                    "UPDATE message SET decision = ?, executed_at = NULL, actor = ?, why = ? WHERE queue_id = ? AND state = ? "
+                    "AND (decision IS NULL OR executed_at IS NOT NULL)",
+                    (decision, actor, why, queue_id, DECISIONS[decision]),
+                )
+                if changed.rowcount == 1:
+                    done.append(queue_id)
+        return done
+
+    def undone(self, decision: str) -> list[str]:
+        """Messages for which DECISION is recorded but not carried out; for a release, until the MTA's first answer."""
+        waits = "executed_at IS NULL"
+        if decision == "release":
+            waits = "(executed_at IS NULL OR state = 'active' AND deferred_at IS NULL)"
+        sql = f"SELECT queue_id FROM message WHERE state IN ('held', 'trashed', 'active') AND decision = ? AND {waits}"
+        return [found[0] for found in self._db.execute(sql, (decision,))]
+
+    def counts(self) -> dict[str, int]:
+        """The number of messages in each state that is not final."""
+        sql = "SELECT state, count(*) FROM message WHERE state NOT IN ('done', 'unknown') GROUP BY state"
+        return {found[0]: found[1] for found in self._db.execute(sql)}
+
+    def held_by_vhost(self) -> dict[str, int]:
+        sql = "SELECT vhost, count(*) FROM message WHERE state = 'held' GROUP BY vhost"
+        return {found[0]: found[1] for found in self._db.execute(sql)}
+
+    def log_rows(self, where: str, values: list[object], last: int | None) -> Iterator[dict[str, Any]]:
+        """Rows of mail_log that the SQL condition WHERE picks, oldest first; only the LAST so many where given."""
+        inner = f"SELECT {', '.join(LOG_COLUMNS)} FROM mail_log WHERE {where} ORDER BY seq"
+        if last is not None:
+            inner = f"SELECT * FROM ({inner} DESC LIMIT {int(last)}) ORDER BY seq"
+        for found in self._db.execute(inner, values):
+            yield dict(found)
+
+
+def _row(found: sqlite3.Row) -> Row:
+    values = dict(found)
+    values["remaining"] = json.loads(values["remaining"])
+    values["refused"] = [(address, words) for address, words in json.loads(values["refused"])]
+    return Row(**values)

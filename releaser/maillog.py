@@ -1,0 +1,86 @@
+"""Every sentence of the daemon's log, a function each: queue id first, then key=value. No addresses: the log tables have them."""
+
+import logging
+import sys
+
+LOG = logging.getLogger("secure-sendmail")
+
+
+def start() -> None:
+    """Log to standard error, from where systemd takes it to the journal."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("secure-sendmail-releaser[%(process)d]: %(levelname)s: %(message)s"))
+    LOG.addHandler(handler)
+    LOG.setLevel(logging.INFO)
+
+
+def released(queue_id: str, vhost: str, sent: int, attempt: int, note: str) -> str:
+    return f"{queue_id}: released vhost={vhost} recipients={sent} attempt={attempt}{_note(note)}"
+
+
+def held(queue_id: str, vhost: str, recipients: int, reason: str) -> str:
+    return f"{queue_id}: held vhost={vhost} recipients={recipients} reason={reason!r}"
+
+
+def observed(queue_id: str, vhost: str, recipients: int, reason: str) -> str:
+    return f"{queue_id}: would have been held vhost={vhost} recipients={recipients} reason={reason!r}"
+
+
+def deferred(queue_id: str, vhost: str, recipients: int, seconds: float, words: str) -> str:
+    return f"{queue_id}: deferred vhost={vhost} recipients={recipients} next_try={seconds:.0f}s reply={words!r}"
+
+
+def failed(queue_id: str, vhost: str, recipients: int, words: str) -> str:
+    return f"{queue_id}: failed vhost={vhost} recipients={recipients} reply={words!r}"
+
+
+def corrupt(queue_id: str, vhost: str, name: str, reason: str) -> str:
+    return f"{queue_id}: corrupt vhost={vhost} name={name!r} reason={reason!r}"
+
+
+def left(vhost: str, name: str, reason: str) -> str:
+    return f"left in new/ vhost={vhost} name={name!r} reason={reason!r}"
+
+
+def again(queue_id: str, vhost: str, attempt: int) -> str:
+    return f"{queue_id}: sent again, the outcome of the last attempt is not known vhost={vhost} attempt={attempt}"
+
+
+def unknown(queue_id: str, vhost: str, reason: str) -> str:
+    return f"{queue_id}: outcome unknown vhost={vhost} reason={reason!r}"
+
+
+def decided(queue_id: str, vhost: str, decision: str, actor: str) -> str:
+    return f"{queue_id}: {decision} vhost={vhost} actor={actor!r}"
+
+
+def mta_down(words: str, seconds: float) -> str:
+    return f"no connection to the MTA, mail waits next_try={seconds:.0f}s reason={words!r}"
+
+
+def mta_up() -> str:
+    return "the MTA is back"
+
+
+def reloaded(file: str) -> str:
+    return f"configuration loaded file={file}"
+
+
+def not_reloaded(error: str) -> str:
+    return f"configuration not loaded, the last good one stays: {error}"
+
+
+def observing() -> str:
+    return 'over_limit is "observe": mail over a limit is sent'
+
+
+def started(spool: str, vhosts: int, mta: str) -> str:
+    return f"started spool={spool} vhosts={vhosts} mta={mta}"
+
+
+def stopped() -> str:
+    return "stopped"
+
+
+def _note(note: str) -> str:
+    return f" note={note!r}" if note else ""

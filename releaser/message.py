@@ -1,0 +1,112 @@
+"""The message as it will be sent: line ends made one, forged tags taken out, ours put in. Pure.
+
+enqueue does the same before it writes; a customer need not use enqueue, so nothing it did is believed. What enqueue
+wrote comes out of here unchanged.
+"""
+
+import email.errors
+import email.header
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+MAX_HEADER = 1 << 20
+ALWAYS_DROPPED = frozenset((b"bcc", b"resent-bcc", b"return-path"))
+NAME_BYTES = bytes(n for n in range(33, 127) if n != 0x3A)
+# Longest text kept of a header for listings and the log, in characters.
+MAX_SHOWN = 255
+
+
+class HeaderTooLong(ValueError):
+    """The header does not end within MAX_HEADER bytes."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """The fields of a message: (lower-case name, bytes with continuation lines and last LF), and its first body bytes."""
+
+    fields: tuple[tuple[bytes, bytes], ...]
+    rest: bytes
+
+    def text(self, name: str) -> str:
+        """The first field called NAME (lower case), unfolded, decoded (RFC 2047) and cut, for people to read."""
+        for field_name, raw in self.fields:
+            if field_name == name.encode():
+                return decoded(raw.partition(b":")[2])[:MAX_SHOWN]
+        return ""
+
+    def tagged(self, tag: tuple[tuple[str, str], ...], message_id: str) -> bytes:
+        """The header to send: TAG first and only ours; MESSAGE_ID where there is none; the empty line; the first body bytes."""
+        dropped = ALWAYS_DROPPED | {name.lower().encode() for name, _ in tag}
+        head = [f"{name}: {value}\n".encode() for name, value in tag]
+        if not any(name == b"message-id" for name, _ in self.fields):
+            head.append(f"Message-ID: {message_id}\n".encode())
+        head += [raw for name, raw in self.fields if name not in dropped]
+        return b"".join(head) + b"\n" + self.rest
+
+
+def canonical(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """CHUNKS with every line ended by one LF and no CR left: CRLF, CR CR LF and a lone CR are one line end each."""
+    waiting = 0
+    last = b"\n"
+    for chunk in chunks:
+        if not chunk.strip(b"\r"):
+            waiting += len(chunk)
+            continue
+        if waiting:
+            rest = chunk.lstrip(b"\r")
+            waiting += len(chunk) - len(rest)
+            chunk = rest if rest.startswith(b"\n") else b"\n" * waiting + rest
+        body = chunk.rstrip(b"\r")
+        waiting = len(chunk) - len(body)
+        if b"\r" in body:
+            body = body.replace(b"\r\n", b"\n")
+            if b"\r" in body:
+                body = b"\n".join([line.rstrip(b"\r") for line in body.split(b"\n")]).replace(b"\r", b"\n")
+        last = body[-1:]
+        yield body
+    if last != b"\n" or waiting:
+        yield b"\n"
+
+
+def read_header(chunks: Iterator[bytes]) -> Header:
+    """Take the header off the front of canonical CHUNKS. Raises HeaderTooLong."""
+    pieces = []
+    size = 0
+    for chunk in chunks:
+        pieces.append(chunk)
+        size += len(chunk)
+        if size > MAX_HEADER:
+            break
+    data = b"".join(pieces)
+    fields: list[tuple[bytes, bytes]] = []
+    position = 0
+    while position < len(data):
+        line_end = data.find(b"\n", position) + 1 or len(data)
+        line = data[position:line_end]
+        if fields and line[0] in b" \t":
+            fields[-1] = (fields[-1][0], fields[-1][1] + line)
+        elif name := _name(line):
+            fields.append((name, line))
+        else:
+            break
+        position = line_end
+    if position > MAX_HEADER:
+        raise HeaderTooLong(f"the header is longer than {MAX_HEADER} bytes")
+    return Header(tuple(fields), data[position:].removeprefix(b"\n"))
+
+
+def decoded(raw: bytes) -> str:
+    """A header value for people to read: encoded words decoded, broken bytes replaced."""
+    text = raw.decode("utf-8", "replace").replace("\n", "").strip()
+    try:
+        text = str(email.header.make_header(email.header.decode_header(text)))
+    except (email.errors.MessageError, ValueError, LookupError):
+        pass
+    return text.encode("utf-8", "replace").decode()
+
+
+def _name(line: bytes) -> bytes:
+    """The field name of LINE in lower case, white space before the colon allowed; empty if LINE is no field."""
+    name, colon, _ = line.partition(b":")
+    name = name.rstrip(b" \t")
+    return b"" if not colon or name.strip(NAME_BYTES) else name.lower()

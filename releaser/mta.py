@@ -1,0 +1,316 @@
+"""Hand-over to the MTA: SMTP sessions, or a maildir, each in a thread of its own that touches neither spool nor ledger."""
+
+import os
+import queue
+import re
+import smtplib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import BinaryIO, Protocol
+
+# Sessions at once. One vhost uses one at a time, which keeps its mail in order.
+SESSIONS = 4
+# Exim only queues what comes after the tenth message of a connection.
+MESSAGES_PER_SESSION = 10
+# RFC 5321 section 4.5.3.1.8: a server takes at least 100 recipients in one transaction.
+RECIPIENTS_PER_TRANSACTION = 100
+# An unused session is closed after this many seconds.
+IDLE = 5
+# Seconds to wait for a connection, a reply, and the reply to the final dot (RFC 5321 section 4.5.3.2).
+CONNECT_TIMEOUT, REPLY_TIMEOUT, DOT_TIMEOUT = 30, 300, 600
+
+_QUEUED = re.compile(r"queued as ([0-9A-Za-z]+)|\bid=([0-9A-Za-z-]+)")
+
+
+class Kind(Enum):
+    SENT = "sent"
+    TEMPFAIL = "tempfail"
+    PERMFAIL = "permfail"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one recipient, in the MTA's words."""
+
+    recipient: str
+    kind: Kind
+    words: str
+    mta_queue_id: str = ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A message for some recipients; MESSAGE opens its bytes, lines ended by LF."""
+
+    queue_id: str
+    sender: str
+    recipients: tuple[str, ...]
+    message: Callable[[], BinaryIO]
+    size: int
+    ascii_only: bool
+
+
+class Unreachable(Exception):
+    """No MTA to talk to; nothing of the message was handed over. The text says why."""
+
+
+class Session(Protocol):
+    def send(self, job: Job) -> list[Outcome]:
+        """Hand JOB over; an outcome for each of its recipients. Raises Unreachable."""
+
+    def close(self) -> None: ...
+
+
+class SmtpSession:
+    """A client of one SMTP server, connected when needed (RFC 5321)."""
+
+    def __init__(self, host: str, port: int, learn_size: Callable[[int], None]) -> None:
+        self._host, self._port = host, port
+        self._learn_size = learn_size
+        self._smtp: smtplib.SMTP | None = None
+        self._sent = 0
+
+    def send(self, job: Job) -> list[Outcome]:
+        if self._sent >= MESSAGES_PER_SESSION:
+            self.close()
+        smtp, code, words = self._mail(job)
+        outcomes: dict[str, Outcome] = {}
+        try:
+            if code // 100 == 2:
+                self._transaction(smtp, job, outcomes)
+            else:
+                _all(job.recipients, code, words, outcomes)
+        except (smtplib.SMTPException, OSError, ValueError) as error:
+            # Before the final dot nothing was accepted; behind it nobody knows. Either way it is tried again.
+            for recipient in job.recipients:
+                outcomes.setdefault(recipient, Outcome(recipient, Kind.TEMPFAIL, _words(error)))
+        self._sent += 1
+        if any(outcome.kind is not Kind.SENT for outcome in outcomes.values()):
+            # After any error a new session, so that no state of this one meets the next message.
+            self.close()
+        return [outcomes[recipient] for recipient in job.recipients]
+
+    def close(self) -> None:
+        if self._smtp is not None:
+            try:
+                _socket(self._smtp).settimeout(5)
+                self._smtp.quit()
+            except (smtplib.SMTPException, OSError):
+                # The server has ended the session first, which is as good.
+                self._smtp.close()
+            self._smtp = None
+            self._sent = 0
+
+    def _mail(self, job: Job) -> tuple[smtplib.SMTP, int, str]:
+        """The reply to MAIL. A session that the server has closed meanwhile is opened again, once."""
+        if self._smtp is not None:
+            try:
+                code, words = self._command(self._smtp, self._mail_command(self._smtp, job))
+                if code != 421:
+                    return self._smtp, code, words
+            except (smtplib.SMTPException, OSError):
+                pass
+            self.close()
+        try:
+            smtp = self._connect()
+            code, words = self._command(smtp, self._mail_command(smtp, job))
+        except Unreachable:
+            self.close()
+            raise
+        except (smtplib.SMTPException, OSError) as error:
+            self.close()
+            raise Unreachable(_words(error)) from None
+        if code == 421:
+            self.close()
+            raise Unreachable(words)
+        return smtp, code, words
+
+    def _connect(self) -> smtplib.SMTP:
+        # local_hostname is given, since smtplib would ask the name service for it.
+        smtp = self._smtp = smtplib.SMTP(local_hostname=os.uname().nodename, timeout=CONNECT_TIMEOUT)
+        code, reply = smtp.connect(self._host, self._port)
+        if code != 220:
+            raise Unreachable(_reply(code, reply))
+        smtp.command_encoding = "utf-8"
+        code, reply = smtp.ehlo()
+        if code != 250:
+            code, reply = smtp.helo()
+        if code != 250:
+            raise Unreachable(_reply(code, reply))
+        _socket(smtp).settimeout(REPLY_TIMEOUT)
+        announced = smtp.esmtp_features.get("size", "")
+        self._learn_size(int(announced) if announced.isdigit() else 0)
+        self._sent = 0
+        return smtp
+
+    def _mail_command(self, smtp: smtplib.SMTP, job: Job) -> str:
+        words = [f"MAIL FROM:<{job.sender}>"]
+        if smtp.has_extn("size"):
+            words.append(f"SIZE={job.size}")
+        if not job.ascii_only and smtp.has_extn("8bitmime"):
+            words.append("BODY=8BITMIME")
+        if not all(address.isascii() for address in (job.sender, *job.recipients)) and smtp.has_extn("smtputf8"):
+            words.append("SMTPUTF8")
+        return " ".join(words)
+
+    def _transaction(self, smtp: smtplib.SMTP, job: Job, outcomes: dict[str, Outcome]) -> None:
+        accepted = []
+        for recipient in job.recipients:
+            code, words = self._recipient(smtp, recipient)
+            if code // 100 == 2:
+                accepted.append(recipient)
+            else:
+                _all([recipient], code, words, outcomes)
+        if not accepted:
+            return
+        code, words = self._command(smtp, "DATA")
+        if code == 354:
+            with job.message() as stream:
+                for chunk in on_the_wire(stream):
+                    _socket(smtp).sendall(chunk)
+            _socket(smtp).settimeout(DOT_TIMEOUT)
+            code, reply = smtp.getreply()
+            _socket(smtp).settimeout(REPLY_TIMEOUT)
+            words = _reply(code, reply)
+        _all(accepted, code, words, outcomes)
+
+    def _recipient(self, smtp: smtplib.SMTP, recipient: str) -> tuple[int, str]:
+        if not recipient.isascii() and not smtp.has_extn("smtputf8"):
+            return 553, "the MTA does not offer SMTPUTF8, which this address needs"
+        return self._command(smtp, f"RCPT TO:<{recipient}>")
+
+    def _command(self, smtp: smtplib.SMTP, line: str) -> tuple[int, str]:
+        code, reply = smtp.docmd(line)
+        return code, _reply(code, reply)
+
+
+class MaildirSession:
+    """Delivery into a maildir, to try things out: DIR/{tmp,new,cur} are made, one file per message."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+
+    def send(self, job: Job) -> list[Outcome]:
+        name = f"{int(time.time())}.{job.queue_id}_{os.getpid()}.{os.uname().nodename}"
+        temporary = f"{self._directory}/tmp/{name}"
+        try:
+            for part in ("tmp", "new", "cur"):
+                os.makedirs(f"{self._directory}/{part}", mode=0o700, exist_ok=True)
+            with open(temporary, "xb") as target, job.message() as stream:
+                while chunk := stream.read(1 << 16):
+                    target.write(chunk)
+                target.flush()
+                os.fsync(target.fileno())
+            os.rename(temporary, f"{self._directory}/new/{name}")
+            directory = os.open(f"{self._directory}/new", os.O_RDONLY | os.O_DIRECTORY)
+            os.fsync(directory)
+            os.close(directory)
+        except OSError as error:
+            raise Unreachable(f"{self._directory}: {error.strerror}") from None
+        return [Outcome(recipient, Kind.SENT, f"stored as {name}", name) for recipient in job.recipients]
+
+    def close(self) -> None:
+        pass
+
+
+class Senders:
+    """SESSIONS threads, each with one session; jobs go in, (job, outcomes or Unreachable) come out."""
+
+    def __init__(self, url: str, wake: Callable[[], None]) -> None:
+        self.url = url
+        self.results: queue.SimpleQueue[tuple[Job, list[Outcome] | Unreachable]] = queue.SimpleQueue()
+        # What the MTA announces with SIZE; 0: no limit known.
+        self.max_size = 0
+        self._wake = wake
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=self._run, name=f"sender-{n}", daemon=True) for n in range(SESSIONS)]
+        for thread in self._threads:
+            thread.start()
+
+    def send(self, job: Job) -> None:
+        self._jobs.put(job)
+
+    def stop(self) -> None:
+        """End the threads when their jobs are done."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _session(self) -> Session:
+        scheme, _, rest = self.url.partition(":")
+        if scheme == "maildir":
+            return MaildirSession(rest)
+        host, _, port = rest.removeprefix("//").rpartition(":")
+        return SmtpSession(host.strip("[]"), int(port), self._learn_size)
+
+    def _learn_size(self, size: int) -> None:
+        self.max_size = size
+
+    def _run(self) -> None:
+        session = self._session()
+        while True:
+            try:
+                job = self._jobs.get(timeout=IDLE)
+            except queue.Empty:
+                session.close()
+                continue
+            if job is None:
+                session.close()
+                return
+            result: list[Outcome] | Unreachable
+            try:
+                result = session.send(job)
+            except Unreachable as error:
+                result = error
+            except Exception as error:
+                # A mistake of ours with one message must not end the thread: the message waits and is tried again.
+                session.close()
+                words = f"internal error: {error!r}"
+                result = [Outcome(recipient, Kind.TEMPFAIL, words) for recipient in job.recipients]
+            self.results.put((job, result))
+            self._wake()
+
+
+def _socket(smtp: smtplib.SMTP) -> socket.socket:
+    if smtp.sock is None:
+        raise smtplib.SMTPServerDisconnected("the connection has ended")
+    return smtp.sock
+
+
+def on_the_wire(stream: BinaryIO) -> Iterator[bytes]:
+    """The bytes for DATA: CRLF line ends, leading dots doubled, the final dot (RFC 5321 section 4.5.2).
+
+    STREAM has LF line ends and no CR, and ends with LF: so no line of it can be the final dot.
+    """
+    line_start = True
+    while chunk := stream.read(1 << 16):
+        if line_start and chunk.startswith(b"."):
+            chunk = b"." + chunk
+        line_start = chunk.endswith(b"\n")
+        yield chunk.replace(b"\n.", b"\n..").replace(b"\n", b"\r\n")
+    yield b".\r\n"
+
+
+def _all(recipients: Iterable[str], code: int, words: str, outcomes: dict[str, Outcome]) -> None:
+    kind = {2: Kind.SENT, 5: Kind.PERMFAIL}.get(code // 100, Kind.TEMPFAIL)
+    queued = _QUEUED.search(words) if kind is Kind.SENT else None
+    mta_queue_id = (queued[1] or queued[2]) if queued else ""
+    for recipient in recipients:
+        outcomes[recipient] = Outcome(recipient, kind, words, mta_queue_id)
+
+
+def _reply(code: int, reply: bytes) -> str:
+    return f"{code} {reply.decode('utf-8', 'replace')}".replace("\n", " ")[:500]
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, TimeoutError):
+        return "no reply in time"
+    if isinstance(error, (OSError, socket.gaierror)) and error.strerror:
+        return str(error.strerror)
+    return str(error)[:500] or type(error).__name__

@@ -1,0 +1,153 @@
+"""Reading the maildrop: look before believing, read once, hand on the bytes as they will be sent."""
+
+import hashlib
+import os
+import stat
+import time
+from collections.abc import Iterator
+
+from releaser import envelope, layout, message
+
+# Up to this many bytes a message stays in memory; a larger one is copied to disk first and streamed.
+SMALL = 1 << 20
+CHUNK = 1 << 18
+
+
+class Corrupt(Exception):
+    """No message; it belongs into corrupt/. The text says why."""
+
+
+class NotYet(Exception):
+    """Not to be read now; it stays in new/. The text says why."""
+
+
+class Submitted:
+    """A file in new/, opened and judged: its verified owner, its envelope, its header, and the rest still to be read.
+
+    Raises FileNotFoundError, Corrupt, NotYet.
+    """
+
+    def __init__(self, spool: str, vhost: str, name: bytes, owners: frozenset[int], max_size: int) -> None:
+        """OWNERS are the uids that may submit as VHOST; MAX_SIZE is the largest message in bytes."""
+        self.vhost = vhost
+        self.name = name
+        claimed = layout.submitted_size(name)
+        if claimed is None:
+            raise Corrupt("not named as a submitted message is")
+        self.path = os.fsencode(layout.maildrop(spool, vhost)) + b"/new/" + name
+        try:
+            # Never through a symbolic link, and never waiting for the other end of a FIFO or a lease.
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise
+        except BlockingIOError:
+            raise NotYet("the file is locked by a lease") from None
+        except OSError as error:
+            raise Corrupt(f"cannot be opened: {error.strerror}") from None
+        try:
+            self.status = os.fstat(self._fd)
+            self._judge(claimed, owners, max_size)
+            self._digest = hashlib.sha256()
+            self._read_head()
+        except BaseException:
+            self.close()
+            raise
+
+    def _judge(self, claimed: int, owners: frozenset[int], max_size: int) -> None:
+        if not stat.S_ISREG(self.status.st_mode):
+            raise Corrupt("not a regular file")
+        if self.status.st_uid not in owners:
+            raise Corrupt(f"owned by uid {self.status.st_uid}, which may not submit as {self.vhost}")
+        if self.status.st_size > max_size + envelope.MAX_ENVELOPE:
+            raise Corrupt(f"larger than max_message_size ({self.status.st_size} bytes)")
+        if self.status.st_size != claimed:
+            # The change time, which the owner cannot set.
+            if time.time() - self.status.st_ctime < layout.INCOMPLETE_MAX_AGE:
+                raise NotYet(f"{self.status.st_size} bytes, its name says {claimed}")
+            raise Corrupt(f"{self.status.st_size} bytes, its name says {claimed}")
+
+    def _read_head(self) -> None:
+        raw = self._raw()
+        head = b""
+        while (end := head.find(b"\n\n")) < 0:
+            chunk = next(raw, b"")
+            if not chunk or len(head) > envelope.MAX_ENVELOPE:
+                raise Corrupt("the envelope has no end")
+            head += chunk
+        try:
+            self.envelope = envelope.parse(head[:end], verified=False)
+        except envelope.NewerLayout as error:
+            raise NotYet(str(error)) from None
+        except envelope.NoLayout as error:
+            raise Corrupt(str(error)) from None
+        # Bytes of message, tag included as enqueue wrote it.
+        self.message_size = self.status.st_size - end - 2
+        self._rest = message.canonical(_after(head[end + 2 :], raw))
+        try:
+            self.header = message.read_header(self._rest)
+        except message.HeaderTooLong as error:
+            raise Corrupt(str(error)) from None
+
+    def chunks(self, tag: tuple[tuple[str, str], ...], message_id: str) -> Iterator[bytes]:
+        """The message as it will be sent, once. Raises NotYet when the file is shorter than it was."""
+        yield self.header.tagged(tag, message_id)
+        yield from self._rest
+
+    @property
+    def small(self) -> bool:
+        return self.status.st_size <= SMALL
+
+    def digest(self) -> str:
+        """SHA-256 of all bytes of the file, once chunks() has been read to its end."""
+        return self._digest.hexdigest()
+
+    def same_bytes(self, digest: str) -> bool:
+        """Whether the file has this digest; reads all of it, chunks() can still be read afterwards."""
+        whole = hashlib.sha256()
+        position = 0
+        while chunk := os.pread(self._fd, CHUNK, position):
+            whole.update(chunk)
+            position += len(chunk)
+        return whole.hexdigest() == digest
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def _raw(self) -> Iterator[bytes]:
+        left = self.status.st_size
+        while left:
+            chunk = os.read(self._fd, min(CHUNK, left))
+            if not chunk:
+                raise NotYet("the file became shorter while it was read")
+            self._digest.update(chunk)
+            left -= len(chunk)
+            yield chunk
+
+
+def _after(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
+    if first:
+        yield first
+    yield from rest
+
+
+def names(spool: str, vhost: str, most: int) -> list[bytes]:
+    """The MOST first names in the vhost's new/, in order of their time; dot files are nobody's. Raises OSError."""
+    found = []
+    with os.scandir(os.fsencode(layout.maildrop(spool, vhost)) + b"/new") as entries:
+        for entry in entries:
+            if not entry.name.startswith(b"."):
+                found.append(entry.name)
+    found.sort()
+    return found[:most]
+
+
+def remove_leftovers(spool: str, vhost: str, now: float) -> int:
+    """Unlink the regular files in tmp/ that have been unchanged for TMP_MAX_AGE; return how many."""
+    removed = 0
+    with os.scandir(os.fsencode(layout.maildrop(spool, vhost)) + b"/tmp") as entries:
+        for entry in entries:
+            status = entry.stat(follow_symlinks=False)
+            if stat.S_ISREG(status.st_mode) and now - status.st_ctime > layout.TMP_MAX_AGE:
+                os.unlink(entry.path)
+                removed += 1
+    return removed

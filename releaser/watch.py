@@ -1,0 +1,74 @@
+"""Watching shortens the wait; scanning does the work. The only module that imports watchdog."""
+
+import os
+import threading
+from collections.abc import Callable
+
+from watchdog.events import FileSystemEvent, FileSystemEventHandler
+from watchdog.observers import Observer
+
+
+class Wake:
+    """What has happened since the main loop last looked: bells rung, configuration touched. Coalesces; thread-safe."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._lock = threading.Lock()
+        self._bells: set[str] = set()
+        self._configuration = False
+
+    def ring(self, bell: str) -> None:
+        with self._lock:
+            self._bells.add(bell)
+        self._event.set()
+
+    def touch_configuration(self) -> None:
+        self._configuration = True
+        self._event.set()
+
+    def nudge(self) -> None:
+        self._event.set()
+
+    def wait(self, seconds: float) -> None:
+        """Return when anything happened, or after SECONDS."""
+        self._event.wait(seconds)
+        self._event.clear()
+
+    def take(self) -> tuple[set[str], bool]:
+        """The bells rung and whether the configuration was touched, since the last call."""
+        with self._lock:
+            bells, self._bells = self._bells, set()
+            configuration, self._configuration = self._configuration, False
+        return bells, configuration
+
+
+class _Handler(FileSystemEventHandler):
+    def __init__(self, call: Callable[[str], None]) -> None:
+        self._call = call
+
+    def on_any_event(self, event: FileSystemEvent) -> None:
+        # Ringing arrives as a modification or as a change of attributes, depending on watchdog's version: any event counts.
+        self._call(os.path.basename(os.fsdecode(event.src_path)))
+
+
+class Watch:
+    """Watches the bells in SPOOL/wake and the directories of the configuration."""
+
+    def __init__(self, spool: str, configuration: list[str], wake: Wake) -> None:
+        """Raises OSError where nothing can be watched."""
+        self._observer = Observer()
+        # watchdog swallows a directory that it may not read, and then watches nothing.
+        for directory in (f"{spool}/wake", *configuration):
+            os.listdir(directory)
+        self._observer.schedule(_Handler(wake.ring), f"{spool}/wake", recursive=False)
+        for directory in configuration:
+            self._observer.schedule(_Handler(lambda _: wake.touch_configuration()), directory, recursive=False)
+        self._observer.start()
+
+    def alive(self) -> bool:
+        """Whether every thread that watches still runs."""
+        return self._observer.is_alive() and all(emitter.is_alive() for emitter in self._observer.emitters)
+
+    def stop(self) -> None:
+        self._observer.stop()
+        self._observer.join()

@@ -1,0 +1,106 @@
+#!/bin/bash
+# Makes sure that everything `make test` needs is on this Debian machine.
+# Says nothing when there is nothing to do.
+set -eu
+umask 022
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cache=$root/.cache/debian
+policy=/usr/sbin/policy-rc.d
+mark="from secure-sendmail's tests/packages.sh"
+
+needed=(php-cli python3-watchdog python3-click python3-rich python3-pymysql util-linux strace procps)
+
+# A mail server would conflict with the machine's own, so these are not installed but only unpacked into the cache.
+# Each with one of its programs, whose libraries tell whether the packages it depends on are there.
+unpacked=(postfix:usr/lib/postfix/sbin/smtpd)
+
+download=
+
+cleanup() {
+    if [ -n "$download" ]; then
+        rm -rf "$download"
+    fi
+    # The mark also finds the file that a killed run has left.
+    if grep -qs "$mark" "$policy"; then
+        rm -f "$policy"
+    fi
+}
+
+install() {
+    apt-get -o DPkg::Lock::Timeout=120 "$1" -y --no-install-recommends "${@:2}"
+}
+
+is_unpacked() { # PACKAGE PROGRAM
+    local libraries
+    libraries=$(LD_LIBRARY_PATH=$cache/$1/usr/lib/$1 ldd "$cache/$1/$2" 2>/dev/null) || return 1
+    [[ $libraries != *"not found"* ]]
+}
+
+unpack() { # PACKAGE
+    local archive field
+    download=$(mktemp -d /tmp/secure-sendmail-packages.XXXXXX)
+    # apt fetches as its own user, and warns where that user may not write.
+    chown _apt "$download"
+    (cd "$download" && apt-get download "$1")
+    archive=$(echo "$download/$1"_*.deb)
+    for field in Pre-Depends Depends; do
+        install satisfy "$(dpkg-deb -f "$archive" "$field")"
+    done
+    # The name appears when the content is complete, so that an interrupted run is repaired by the next one.
+    rm -rf "$cache/$1.new" "${cache:?}/$1"
+    mkdir -p "$cache/$1.new"
+    dpkg-deb -x "$archive" "$cache/$1.new"
+    chmod -R a+rX "$cache/$1.new"
+    mv "$cache/$1.new" "$cache/$1"
+    rm -rf "$download"
+    download=
+}
+
+installed=" $(dpkg-query -W -f '${Package}:${db:Status-Status} ' "${needed[@]}" 2>/dev/null || true)"
+to_install=()
+for package in "${needed[@]}"; do
+    [[ $installed == *" $package:installed "* ]] || to_install+=("$package")
+done
+to_unpack=()
+for entry in "${unpacked[@]}"; do
+    is_unpacked "${entry%%:*}" "${entry#*:}" || to_unpack+=("${entry%%:*}")
+done
+
+if [ $((${#to_install[@]} + ${#to_unpack[@]})) -gt 0 ]; then
+    if [ "$(id -u)" != 0 ]; then
+        {
+            echo "make test needs Debian packages that are missing. Run as root:"
+            echo
+            echo "    apt-get update"
+            [ ${#to_install[@]} = 0 ] || echo "    apt-get install -y --no-install-recommends ${to_install[*]}"
+            [ ${#to_unpack[@]} = 0 ] || printf '    bash %q\n' "$root/tests/packages.sh"
+            if [ ${#to_unpack[@]} -gt 0 ]; then
+                echo
+                echo "The last one unpacks ${to_unpack[*]} into $cache (and does not install it)."
+            fi
+        } >&2
+        exit 1
+    fi
+    trap cleanup EXIT
+    trap 'exit 1' HUP INT TERM
+    # Installing a package must not start its service.
+    if [ ! -e "$policy" ]; then
+        printf '#!/bin/sh\n# %s\nexit 101\n' "$mark" > "$policy"
+        chmod 755 "$policy"
+    fi
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update
+    if [ ${#to_install[@]} -gt 0 ]; then
+        install install "${to_install[@]}"
+    fi
+    for package in "${to_unpack[@]}"; do
+        unpack "$package"
+    done
+fi
+
+if [ "$(id -u)" != 0 ]; then
+    echo "make test starts a private Postfix, whose master must be root: run it as root." >&2
+    echo "make test-quick works without." >&2
+    exit 1
+fi
