@@ -102,6 +102,7 @@ class Releaser:
         for row in self._ledger.rows("source IS NOT NULL"):
             self._known[row.vhost, row.source or ""] = row
         self._adopt()
+        self._remove_unrecorded_failures()
         self._move_into_place()
         self._close_lost()
         self.scan()
@@ -666,6 +667,12 @@ class Releaser:
                     except (OSError, envelope.NoLayout, envelope.NewerLayout) as error:
                         LOG.error(maillog.unknown(queue_id, "", f"{name}/{queue_id} has no record and cannot be read: {error}"))
 
+    def _remove_unrecorded_failures(self) -> None:
+        """Copies in failed/ whose commit a crash prevented: the message is still to be tried."""
+        for queue_id in set(mailqueue.listing(self._spool, "failed")) - set(self._ledger.queue_ids(FAILED)):
+            if self._ledger.row(queue_id) is not None:
+                mailqueue.remove(self._spool, "failed", queue_id)
+
     def _adopt_one(self, name: str, queue_id: str) -> None:
         found, stream = mailqueue.read(layout.path(self._spool, name, queue_id))
         with stream:
@@ -713,7 +720,7 @@ class Releaser:
             copied = os.path.exists(layout.path(self._spool, "active", row.queue_id))
             first = row.source is not None and row.deferred_at is None and row.decision is None
             if first and os.path.lexists(self._new(row.vhost, row.source or "")):
-                # It is read again from new/; the copy of a larger message is made again.
+                # S4 -> S3: it is read again from new/, and the copy of a larger message is made again.
                 mailqueue.remove(self._spool, "active", row.queue_id)
             elif copied:
                 heapq.heappush(self._retries, (row.next_try or 0.0, row.queue_id))
