@@ -126,15 +126,9 @@ def command() -> list[str | os.PathLike[str]]:
 
 
 def json_of(*words: str) -> Any:
-    """What a listing prints with --json; the releaser may just be making its ledger."""
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        run = subprocess.run([*command(), *words, "--json"], capture_output=True, text=True)
-        if run.returncode == 0:
-            return json.loads(run.stdout)
-        if time.monotonic() > deadline:
-            raise SystemExit(f"{' '.join(words)}: {run.stderr.strip()}")
-        time.sleep(0.1)
+    """What a listing prints with --json."""
+    run = subprocess.run([*command(), *words, "--json"], check=True, stdout=subprocess.PIPE)
+    return json.loads(run.stdout)
 
 
 if __name__ == "__main__":

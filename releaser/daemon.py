@@ -180,7 +180,7 @@ def lock(directory: str) -> int:
     try:
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise Stop(os.EX_IOERR, f"{directory}: {error.strerror}") from None
+        raise Stop(os.EX_IOERR, f"{directory}: {error.strerror}; run: secure-sendmail vhost add VHOST") from None
     for _ in range(LOCK_TRIES):
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -186,7 +186,7 @@ class Ledger:
         """Open STATE/ledger.sqlite, made where CREATE. Raises LedgerError."""
         path = f"{state}/{FILE}"
         if not create and not os.path.exists(path):
-            raise LedgerError(f"{path}: no ledger; the releaser makes it at its first start")
+            raise LedgerError(f"{path}: no ledger; run: secure-sendmail vhost add VHOST")
         try:
             self._db = sqlite3.connect(path, timeout=30, isolation_level=None)
             self._db.row_factory = sqlite3.Row

@@ -1,6 +1,7 @@
 """Watching shortens the wait; scanning does the work. The only module that imports watchdog."""
 
 import os
+import select
 import threading
 from collections.abc import Callable
 
@@ -12,7 +13,10 @@ class Wake:
     """What has happened since the main loop last looked: bells rung, configuration touched. Coalesces; thread-safe."""
 
     def __init__(self) -> None:
-        self._event = threading.Event()
+        # An event of the kernel, since a signal handler may set it: it takes no lock that the main thread could hold.
+        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poll = select.poll()
+        self._poll.register(self._event, select.POLLIN)
         self._lock = threading.Lock()
         self._bells: set[str] = set()
         self._configuration = False
@@ -20,19 +24,20 @@ class Wake:
     def ring(self, bell: str) -> None:
         with self._lock:
             self._bells.add(bell)
-        self._event.set()
+        self.nudge()
 
     def touch_configuration(self) -> None:
         self._configuration = True
-        self._event.set()
+        self.nudge()
 
     def nudge(self) -> None:
-        self._event.set()
+        """End a wait. May be called by a signal handler."""
+        os.eventfd_write(self._event, 1)
 
     def wait(self, seconds: float) -> None:
         """Return when anything happened, or after SECONDS."""
-        self._event.wait(seconds)
-        self._event.clear()
+        if self._poll.poll(seconds * 1000):
+            os.eventfd_read(self._event)
 
     def take(self) -> tuple[set[str], bool]:
         """The bells rung and whether the configuration was touched, since the last call."""

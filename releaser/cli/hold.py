@@ -168,13 +168,13 @@ def _follow(context: Context, decision: str, queue_ids: list[str]) -> None:
                 progress.update(bar, completed=len(queue_ids) - len(waiting))
             if waiting:
                 time.sleep(0.02)
-    ended = [row for queue_id in queue_ids[:ROWS_SAID] if (row := context.ledger.row(queue_id))]
-    for row in ended:
-        output.say(f"{row.queue_id}: {_ended(row)}")
+    for queue_id in queue_ids[:ROWS_SAID]:
+        row = context.ledger.row(queue_id)
+        if row is not None:
+            output.say(f"{row.queue_id}: {_ended(row)}")
     if len(queue_ids) > ROWS_SAID:
-        output.say(f"… and {len(queue_ids) - ROWS_SAID} more")
-    if waiting:
-        output.say(f"recorded: {_messages(len(waiting))}; the releaser has not come to it yet")
+        more = f", {_messages(len(waiting))} not yet through" if waiting else ""
+        output.say(f"… and {len(queue_ids) - ROWS_SAID} more{more}")
 
 
 def _refusal(context: Context, queue_id: str, decision: str) -> str:

@@ -9,6 +9,7 @@ import click
 from releaser import config, layout, limits, policy, private
 from releaser.cli import output
 from releaser.cli.context import Context, Failed, json_option, pass_context
+from releaser.ledger import Ledger
 
 
 @click.group()
@@ -97,6 +98,8 @@ def _make_spool(settings: config.Config) -> None:
     for directory in (settings.spool, settings.state):
         os.makedirs(directory, mode=0o700, exist_ok=True)
     private.check(settings.spool, settings.state)
+    # With an empty ledger every listing works before the releaser's first start.
+    Ledger(settings.state, create=True).close()
     for name, mode in layout.DIRECTORIES.items():
         try:
             os.mkdir(f"{settings.spool}/{name}", mode)
