@@ -195,6 +195,13 @@ class Config:
             settings = self._found[name] = VhostSettings(**values)
         return settings
 
+    @property
+    def observed(self) -> list[str]:
+        """The sections in which over_limit is "observe"."""
+        named = {**self._exact, **self._patterns}
+        found = [f'vhosts."{name}"' for name, keys in named.items() if keys.get("over_limit") == "observe"]
+        return ["limits", *found] if self._sections["limits"]["over_limit"] == "observe" else found
+
     def tag(self, vhost: str) -> tuple[tuple[str, str], ...]:
         """The header fields that every message of VHOST begins with."""
         return ((self.domain_header, vhost), (self.complaints_header, self.complaints_to))

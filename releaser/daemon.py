@@ -110,6 +110,7 @@ class Daemon:
             self._start_watch(settings)
         releaser.start()
         LOG.info(maillog.started(settings.spool, len(os.listdir(f"{settings.spool}/vhosts")), settings.mta_url))
+        _say_observed(settings)
         self._loop(releaser)
         releaser.finish()
         releaser.senders.stop()
@@ -153,6 +154,7 @@ class Daemon:
             return
         releaser.reload(loaded)
         LOG.info(maillog.reloaded(self._file))
+        _say_observed(loaded)
 
     def _start_watch(self, settings: config.Config) -> None:
         directories = [os.path.dirname(os.path.abspath(self._file))]
@@ -173,6 +175,11 @@ class Daemon:
         else:
             self._stopping = True
         self._wake.nudge()
+
+
+def _say_observed(settings: config.Config) -> None:
+    if settings.observed:
+        LOG.warning(maillog.observing(settings.observed))
 
 
 def lock(directory: str) -> int:

@@ -1,6 +1,7 @@
 """Every sentence of the daemon's log, a function each: queue id first, then key=value. No addresses: the log tables have them."""
 
 import logging
+import re
 import sys
 
 LOG = logging.getLogger("secure-sendmail")
@@ -27,11 +28,11 @@ def observed(queue_id: str, vhost: str, recipients: int, reason: str) -> str:
 
 
 def deferred(queue_id: str, vhost: str, recipients: int, seconds: float, words: str) -> str:
-    return f"{queue_id}: deferred vhost={vhost} recipients={recipients} next_try={seconds:.0f}s reply={words!r}"
+    return f"{queue_id}: deferred vhost={vhost} recipients={recipients} next_try={seconds:.0f}s reply={_without_addresses(words)!r}"
 
 
 def failed(queue_id: str, vhost: str, recipients: int, words: str) -> str:
-    return f"{queue_id}: failed vhost={vhost} recipients={recipients} reply={words!r}"
+    return f"{queue_id}: failed vhost={vhost} recipients={recipients} reply={_without_addresses(words)!r}"
 
 
 def corrupt(queue_id: str, vhost: str, name: str, reason: str) -> str:
@@ -70,8 +71,8 @@ def not_reloaded(error: str) -> str:
     return f"configuration not loaded, the last good one stays: {error}"
 
 
-def observing() -> str:
-    return 'over_limit is "observe": mail over a limit is sent'
+def observing(sections: list[str]) -> str:
+    return f'over_limit is "observe", mail over a limit is sent: {", ".join(sections)}'
 
 
 def started(spool: str, vhosts: int, mta: str) -> str:
@@ -80,6 +81,11 @@ def started(spool: str, vhosts: int, mta: str) -> str:
 
 def stopped() -> str:
     return "stopped"
+
+
+def _without_addresses(words: str) -> str:
+    """The MTA's WORDS, which often repeat the recipient."""
+    return re.sub(r"[^\s<>]+@[^\s<>]+", "…", words)
 
 
 def _note(note: str) -> str:

@@ -135,6 +135,8 @@ class SmtpSession:
         code, reply = smtp.connect(self._host, self._port)
         if code != 220:
             raise Unreachable(_reply(code, reply))
+        # Or the final dot would wait for the server's delayed acknowledgement, 40 ms a message.
+        _socket(smtp).setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         smtp.command_encoding = "utf-8"
         code, reply = smtp.ehlo()
         if code != 250:

@@ -123,7 +123,7 @@ class Releaser:
                 LOG.error(maillog.left(vhost, "", str(error)))
                 continue
             # A file can arrive in the same tick of the clock as the last listing, hence the two seconds.
-            if changed + 2_000_000_000 > drop.changed_ns:
+            if changed + 2_000_000_000 > drop.changed_ns or drop.left:
                 self._mark(vhost, drop)
         if now >= self._next_cleaning:
             self._next_cleaning = now + 3600
@@ -165,10 +165,6 @@ class Releaser:
         if now >= self._next_scan:
             self.scan()
         return self._pause()
-
-    @property
-    def in_flight(self) -> int:
-        return len(self._flights)
 
     @property
     def idle(self) -> bool:

@@ -1,16 +1,12 @@
 """What every verb needs: the configuration, the ledger, who the actor is, and the bell that wakes the releaser."""
 
 import os
-from collections.abc import Callable
 from functools import cached_property
-from typing import Any, TypeVar
 
 import click
 
 from releaser import config, daemon, layout, private
 from releaser.ledger import Ledger
-
-Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 
 class Failed(Exception):
