@@ -28,11 +28,13 @@ def observed(queue_id: str, vhost: str, recipients: int, reason: str) -> str:
 
 
 def deferred(queue_id: str, vhost: str, recipients: int, seconds: float, words: str) -> str:
-    return f"{queue_id}: deferred vhost={vhost} recipients={recipients} next_try={seconds:.0f}s reply={_without_addresses(words)!r}"
+    return (
+        f"{queue_id}: deferred vhost={vhost} recipients={recipients} next_try={seconds:.0f}s " + _reply(words)
+    )
 
 
 def failed(queue_id: str, vhost: str, recipients: int, words: str) -> str:
-    return f"{queue_id}: failed vhost={vhost} recipients={recipients} reply={_without_addresses(words)!r}"
+    return f"{queue_id}: failed vhost={vhost} recipients={recipients} " + _reply(words)
 
 
 def corrupt(queue_id: str, vhost: str, name: str, reason: str) -> str:
@@ -83,9 +85,9 @@ def stopped() -> str:
     return "stopped"
 
 
-def _without_addresses(words: str) -> str:
-    """The MTA's WORDS, which often repeat the recipient."""
-    return re.sub(r"[^\s<>]+@[^\s<>]+", "…", words)
+def _reply(words: str) -> str:
+    """The MTA's words, without the recipient that they often repeat."""
+    return "reply=" + repr(re.sub(r"[^\s<>]+@[^\s<>]+", "…", words))
 
 
 def _note(note: str) -> str:
