@@ -109,11 +109,10 @@ class Daemon:
         if not self._once:
             self._start_watch(settings)
         releaser.start()
-        LOG.info(maillog.started(settings.spool, len(os.listdir(f"{settings.spool}/vhosts")), settings.mta_url))
+        LOG.info(maillog.started(settings.spool, releaser.vhosts, settings.mta_url))
         _say_observed(settings)
         self._loop(releaser)
-        releaser.finish()
-        releaser.senders.stop()
+        releaser.stop()
         if self._watch is not None:
             self._watch.stop()
         LOG.info(maillog.stopped())

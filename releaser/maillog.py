@@ -28,9 +28,7 @@ def observed(queue_id: str, vhost: str, recipients: int, reason: str) -> str:
 
 
 def deferred(queue_id: str, vhost: str, recipients: int, seconds: float, words: str) -> str:
-    return (
-        f"{queue_id}: deferred vhost={vhost} recipients={recipients} next_try={seconds:.0f}s " + _reply(words)
-    )
+    return f"{queue_id}: deferred vhost={vhost} recipients={recipients} next_try={seconds:.0f}s " + _reply(words)
 
 
 def failed(queue_id: str, vhost: str, recipients: int, words: str) -> str:

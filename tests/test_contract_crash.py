@@ -39,8 +39,8 @@ from releaser.ledger import Ledger
 from releaser.mta import Senders
 Ledger.transaction = dying(Ledger.transaction)
 Senders.send = dying(Senders.send)
-from releaser.release import Releaser
-Releaser._take_results = dying(Releaser._take_results)
+from releaser.handover import HandOver
+HandOver.take_results = dying(HandOver.take_results)
 from releaser.daemon import main
 main()
 """

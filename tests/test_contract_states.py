@@ -19,7 +19,7 @@ from servers import Sink, free_port
 from enqueue import main as enqueue_main
 from enqueue.failure import Failure
 from enqueue.maildrop import Maildrop
-from releaser import config, layout, pickup, release
+from releaser import config, handover, layout, pickup, release
 from releaser.cli.main import run
 from releaser.ledger import Ledger
 
@@ -46,7 +46,7 @@ class Spool:
         assert run(["--config", str(self.file), "vhost", "add", VHOST]) == 0
         for name in ("open", "rename", "unlink"):
             monkeypatch.setattr(os, name, self._recorded(name, getattr(os, name)))
-        monkeypatch.setattr(release, "MESSAGE_BACKOFF", (0, 0))
+        monkeypatch.setattr(handover, "MESSAGE_BACKOFF", (0, 0))
 
     def configure(self, url: str, limit: str = "unlimited") -> None:
         self.file.write_text(
@@ -94,7 +94,7 @@ class Spool:
             engine.start()
             yield engine
         finally:
-            engine.senders.stop()
+            engine._handover.senders.stop()
             ledger.close()
 
     def work(self, dies_at_commit: int = 0) -> None:

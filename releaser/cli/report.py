@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from releaser import limits
+from releaser import usage
 from releaser.cli import output
 from releaser.cli.context import Context, json_option, pass_context
 from releaser.cli.select import Filters, filters
@@ -105,12 +105,6 @@ def log_(context: Context, chosen: Filters, event: str | None, last: int | None,
 
 def windows(context: Context, name: str) -> list[dict[str, Any]]:
     """The windows of vhost NAME as the releaser counts them: limit, seconds, used, and the configuration's text."""
-    settings = context.config.vhost(name)
-    now = time.time()
-    longest = max((limit.seconds for limit in settings.limits), default=0)
-    account = limits.Account(settings.limits, settings.count == "messages", context.ledger.usage(name, now - longest))
-    for queue_id, recipients in context.ledger.reserved(name):
-        account.reserve(queue_id, recipients)
-    return [
-        {"limit": limit.count, "seconds": limit.seconds, "used": used, "text": limit.text} for limit, used in account.used(now)
-    ]
+    account = usage.account(context.ledger, name, context.config.vhost(name))
+    used = account.used(time.time())
+    return [{"limit": limit.count, "seconds": limit.seconds, "used": n, "text": limit.text} for limit, n in used]

@@ -1,0 +1,47 @@
+"""What one round of the engine writes together, and what may happen only when that is durable."""
+
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from releaser.ledger import Ledger, Row
+
+
+class Batch:
+    """Writes for one transaction of the ledger, and the actions behind its commit, in order."""
+
+    def __init__(self, book: Ledger) -> None:
+        self._ledger = book
+        self._writes: list[Callable[[], None]] = []
+        self._after: list[Callable[[], None]] = []
+
+    def put(self, row: Row) -> None:
+        """Write ROW as it is when the batch is committed."""
+        self._writes.append(partial(self._ledger.put, row))
+
+    def forget(self, queue_id: str) -> None:
+        self._writes.append(partial(self._ledger.remove, queue_id))
+
+    def sources_gone(self, queue_ids: list[str]) -> None:
+        if queue_ids:
+            self._writes.insert(0, partial(self._ledger.source_gone, queue_ids))
+
+    def log(self, event: str, row: Row, recipients: Iterable[tuple[str, str, str]], actor: str = "") -> None:
+        """A log row for each of RECIPIENTS: (recipient, reason, MTA queue id)."""
+        self._writes.append(partial(self._ledger.log, event, row, time.time(), list(recipients), actor))
+
+    def log_all(self, event: str, row: Row, reason: str, actor: str = "") -> None:
+        """A log row for every recipient whom the message still has to be sent to."""
+        self.log(event, row, [(recipient, reason, "") for recipient in row.remaining], actor)
+
+    def then(self, action: Callable[[], None]) -> None:
+        """Let ACTION happen when everything is durable."""
+        self._after.append(action)
+
+    def commit(self) -> None:
+        if self._writes:
+            with self._ledger.transaction():
+                for write in self._writes:
+                    write()
+        for action in self._after:
+            action()

@@ -1,0 +1,241 @@
+"""Hand-over: from a durable attempt to a durable outcome, with the retries of messages and of the MTA as a whole.
+
+Order, for every message: durable attempt, then DATA, then durable outcome, then unlink. Rows S1.. are those of
+spool_layout.md.
+"""
+
+import heapq
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import BinaryIO
+
+from releaser import envelope, layout, maillog, mailqueue, mta, pickup, startup
+from releaser.batch import Batch
+from releaser.ledger import ACTIVE, DONE, FAILED, Ledger, Row
+from releaser.limits import Account
+from releaser.maildrops import Maildrops
+from releaser.maillog import LOG
+from releaser.mta import Job, Kind, Outcome, Senders, Unreachable
+
+# Seconds between tries while there is no MTA, doubled from the first to the second.
+MTA_BACKOFF = (1, 30)
+# Seconds between tries of a message that the MTA defers, likewise.
+MESSAGE_BACKOFF = (10, 3600)
+
+
+@dataclass
+class Flight:
+    """A message with the senders."""
+
+    row: Row
+    message: Callable[[], BinaryIO]
+    ascii_only: bool
+    # The inode of the file in new/ that it was read from; 0 where it comes from active/.
+    inode: int = 0
+    # An earlier attempt has no known outcome: this one may make a duplicate.
+    again: bool = False
+
+
+class HandOver:
+    """What is with the MTA, and what waits for it."""
+
+    def __init__(
+        self, spool: str, book: Ledger, drops: Maildrops, account: Callable[[str], Account], senders: Senders, give_up: int
+    ) -> None:
+        """GIVE_UP: seconds until a deferred message is put into failed/."""
+        self.senders = senders
+        self.give_up = give_up
+        # Vhosts with a message in flight: one at a time keeps their mail in order.
+        self.busy: set[str] = set()
+        self._spool = spool
+        self._ledger = book
+        self._drops = drops
+        self._account = account
+        self._flights: dict[str, Flight] = {}
+        self._retries: list[tuple[float, str]] = []
+        self._down_until = 0.0
+        self._backoff = 0.0
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._flights)
+
+    @property
+    def down_until(self) -> float:
+        """Until then, in seconds since 1970, the MTA is left alone."""
+        return self._down_until
+
+    @property
+    def room(self) -> bool:
+        """Whether another message may be begun. While it is not known that the MTA is back, one finds out."""
+        return len(self._flights) < (1 if self._backoff else mta.SESSIONS)
+
+    @property
+    def next_retry(self) -> float | None:
+        return self._retries[0][0] if self._retries else None
+
+    def use(self, senders: Senders) -> None:
+        """Another MTA: nothing is known of it yet. Nothing may be in flight."""
+        self.senders = senders
+        self._down_until = self._backoff = 0.0
+
+    def later(self, stamp: float, queue_id: str) -> None:
+        """Try the message in active/ at STAMP."""
+        heapq.heappush(self._retries, (stamp, queue_id))
+
+    def begin(self, batch: Batch, flight: Flight) -> None:
+        """Make the attempt durable, then let it begin."""
+        flight.row.attempt_open = 1
+        self._flights[flight.row.queue_id] = flight
+        self.busy.add(flight.row.vhost)
+        batch.put(flight.row)
+        batch.then(partial(self._dispatch, flight))
+
+    def retry(self, batch: Batch) -> None:
+        """Begin again what waits in active/ and is due."""
+        while self._retries and self._retries[0][0] <= time.time() and self.room:
+            _, queue_id = heapq.heappop(self._retries)
+            row = self._ledger.row(queue_id)
+            if row is None or row.state != ACTIVE or queue_id in self._flights:
+                continue
+            try:
+                with self.open(queue_id) as stream:
+                    ascii_only = all(chunk.isascii() for chunk in iter(partial(stream.read, pickup.CHUNK), b""))
+            except startup.UNREADABLE as error:
+                startup.close_unknown(batch, row, f"cannot read active/{queue_id}: {error}")
+                continue
+            if queue_id in self._drops.removed:
+                row.source = None
+            again = bool(row.attempt_open)
+            row.attempts += 1
+            self.begin(batch, Flight(row, partial(self.open, queue_id), ascii_only, again=again))
+
+    def open(self, queue_id: str) -> BinaryIO:
+        """The message of a file in active/. Raises what mailqueue.read() does."""
+        return mailqueue.read(layout.path(self._spool, "active", queue_id))[1]
+
+    def take_results(self, batch: Batch) -> None:
+        """Write down what the senders have said meanwhile."""
+        while not self.senders.results.empty():
+            job, result = self.senders.results.get()
+            flight = self._flights.pop(job.queue_id)
+            self.busy.discard(flight.row.vhost)
+            if isinstance(result, Unreachable):
+                self._unreachable(batch, flight, str(result))
+                continue
+            if self._backoff:
+                self._backoff = 0
+                LOG.warning(maillog.mta_up())
+            self._outcome(batch, flight, result)
+
+    def _dispatch(self, flight: Flight) -> None:
+        row = flight.row
+        recipients = tuple(row.remaining[: mta.RECIPIENTS_PER_TRANSACTION])
+        self.senders.send(Job(row.queue_id, row.sender, recipients, flight.message, row.size, flight.ascii_only))
+
+    def _unreachable(self, batch: Batch, flight: Flight, words: str) -> None:
+        """Nothing was handed over in this attempt: the mail stays where it is, and all mail waits."""
+        row = flight.row
+        first, most = MTA_BACKOFF
+        if not self._backoff or time.time() >= self._down_until:
+            self._backoff = min(max(self._backoff * 2, first), most)
+            self._down_until = time.time() + self._backoff
+            LOG.error(maillog.mta_down(words, self._backoff))
+        untouched = row.attempts == 1 and not flight.again and len(row.remaining) == row.recipients
+        row.attempts -= 1
+        row.attempt_open = int(flight.again)
+        if not flight.inode:
+            row.next_try = self._down_until
+            batch.put(row)
+            self.later(row.next_try, row.queue_id)
+            return
+        if untouched:
+            # S4 -> S3 for a larger one, and the reservation is given back.
+            self._account(row.vhost).cancel(row.queue_id)
+            batch.forget(row.queue_id)
+            batch.then(partial(mailqueue.remove, self._spool, "active", row.queue_id))
+        else:
+            # Some recipients have it, or may have it: it is still this message when it is read again.
+            self._drops.known[row.vhost, row.source or ""] = row
+            batch.put(row)
+        self._drops.give_back(row.vhost, (row.source or "").encode())
+
+    def _outcome(self, batch: Batch, flight: Flight, outcomes: list[Outcome]) -> None:
+        row, now = flight.row, time.time()
+        if flight.again:
+            flight.again = False
+            batch.log_all("retried", row, f"attempt {row.attempts}: the outcome of the last is not known")
+            LOG.warning(maillog.again(row.queue_id, row.vhost, row.attempts))
+        if row.limited and row.counted_at is None:
+            row.counted_at = now
+            self._account(row.vhost).confirm(row.queue_id, now, row.recipients)
+        sent = [outcome for outcome in outcomes if outcome.kind is Kind.SENT]
+        deferred = [outcome for outcome in outcomes if outcome.kind is Kind.TEMPFAIL]
+        failed = [outcome for outcome in outcomes if outcome.kind is Kind.PERMFAIL]
+        if row.deferred_at is not None and now - row.deferred_at > self.give_up:
+            failed += [Outcome(o.recipient, Kind.PERMFAIL, f"given up: {o.words}") for o in deferred]
+            deferred = []
+        tried = {outcome.recipient for outcome in outcomes}
+        untried = [recipient for recipient in row.remaining if recipient not in tried]
+        row.remaining = untried + [outcome.recipient for outcome in deferred]
+        row.refused += [(outcome.recipient, outcome.words) for outcome in failed]
+        if sent:
+            actor = (row.actor or "") if row.decision == "release" else ""
+            note = f"released by hand: {row.why}".removesuffix(": ") if actor else row.reason
+            batch.log("released", row, [(o.recipient, note, o.mta_queue_id) for o in sent], actor)
+            LOG.info(maillog.released(row.queue_id, row.vhost, len(sent), row.attempts, note))
+        if failed:
+            batch.log("failed", row, [(o.recipient, o.words, "") for o in failed])
+            LOG.warning(maillog.failed(row.queue_id, row.vhost, len(failed), failed[0].words))
+        if untried:
+            # A server takes so many recipients at a time; the rest of this message follows at once.
+            self.begin(batch, flight)
+        elif deferred:
+            self._defer(batch, flight, deferred, now)
+        else:
+            self._end(batch, flight)
+
+    def _defer(self, batch: Batch, flight: Flight, deferred: list[Outcome], now: float) -> None:
+        """S3, S4 or S5 -> S5: only this message waits, in active/."""
+        row = flight.row
+        if row.deferred_at is None:
+            row.deferred_at = now
+            batch.log("deferred", row, [(o.recipient, o.words, "") for o in deferred])
+        first, most = MESSAGE_BACKOFF
+        pause = min(first * 2 ** min(row.attempts - 1, 20), most)
+        row.next_try = now + pause
+        row.attempt_open = 0
+        if not os.path.exists(layout.path(self._spool, "active", row.queue_id)):
+            self._copy("active", flight, row.remaining)
+        batch.put(row)
+        self.later(row.next_try, row.queue_id)
+        if flight.inode:
+            batch.then(partial(self._drops.remove, row, flight.inode))
+        LOG.warning(maillog.deferred(row.queue_id, row.vhost, len(deferred), pause, deferred[0].words))
+
+    def _end(self, batch: Batch, flight: Flight) -> None:
+        """S3, S4 or S5 -> S1, or S10 where the MTA has refused recipients for good."""
+        row = flight.row
+        row.attempt_open, row.next_try = 0, None
+        row.state = FAILED if row.refused else DONE
+        if row.refused:
+            self._copy("failed", flight, [address for address, _ in row.refused])
+        batch.put(row)
+        if flight.inode:
+            batch.then(partial(self._drops.remove, row, flight.inode))
+        batch.then(partial(mailqueue.remove, self._spool, "active", row.queue_id))
+
+    def _copy(self, target: str, flight: Flight, recipients: list[str]) -> None:
+        row = flight.row
+        head = envelope.Envelope(
+            vhost=row.vhost, recipients=tuple(recipients), sender=row.sender, arrived=row.arrived_at, cwd=row.cwd,
+            script=row.script, message_id=row.message_id, queue_id=row.queue_id, source=row.source or "", owner=str(row.uid),
+            picked_up=row.picked_up_at, held=row.held_at or "", reason=row.reason,
+            failed=tuple(f"{address} {words}" for address, words in row.refused),
+        )  # fmt: skip
+        with flight.message() as stream:
+            chunks = iter(partial(stream.read, pickup.CHUNK), b"")
+            mailqueue.store(self._spool, target, row.queue_id, head.format(), chunks)

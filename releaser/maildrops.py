@@ -1,0 +1,194 @@
+"""All maildrops: which have mail, whose turn it is, what was taken from them, their bells and policies."""
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Container
+from dataclasses import dataclass, field
+
+from releaser import layout, maillog, pickup, policy
+from releaser.ledger import Row
+from releaser.maillog import LOG
+
+# At most so many names of one vhost are looked at in one go.
+LISTED = 10_000
+# Seconds between two looks for leftovers in tmp/.
+CLEANING = 3600
+
+
+@dataclass
+class Maildrop:
+    """What is known of a vhost's new/."""
+
+    bell: str | None = None
+    names: deque[bytes] = field(default_factory=deque)
+    # To be listed as soon as NAMES is empty.
+    dirty: bool = False
+    # Whether it waits for its turn.
+    waiting: bool = False
+    listed_ns: int = 0
+    # Taken up and not yet removed from new/: never listed again, or they would be decided twice.
+    taken: set[bytes] = field(default_factory=set)
+    # Names already complained about.
+    left: set[bytes] = field(default_factory=set)
+
+
+class Maildrops:
+    """The maildrops below SPOOL/vhosts, in turn."""
+
+    def __init__(self, spool: str, policy_of: Callable[[str, str], bytes]) -> None:
+        """POLICY_OF makes the policy of (vhost, bell)."""
+        self._spool = spool
+        self._policy_of = policy_of
+        self._drops: dict[str, Maildrop] = {}
+        self._bells: dict[str, str] = {}
+        self._turn: deque[str] = deque()
+        self._next_cleaning = 0.0
+        # Files in new/ that the ledger knows: an open attempt, or an outcome whose file is still to be removed.
+        self.known: dict[tuple[str, str], Row] = {}
+        # Queue ids whose file in new/ has been removed since the ledger was told last.
+        self.removed: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self._drops)
+
+    def scan(self) -> None:
+        """Look at every maildrop, also those made since the last time, whether or not a bell was heard."""
+        found = {name for name in os.listdir(f"{self._spool}/vhosts") if layout.is_vhost(name)}
+        for vhost in self._drops.keys() - found:
+            self._forget(vhost)
+        for vhost in found:
+            drop = self._drops.get(vhost) or self._add(vhost)
+            try:
+                changed = os.stat(f"{layout.maildrop(self._spool, vhost)}/new").st_mtime_ns
+            except OSError as error:
+                LOG.error(maillog.left(vhost, "new", str(error)))
+                continue
+            # A file can arrive in the same tick of the clock as the last listing, hence the two seconds.
+            if changed + 2_000_000_000 > drop.listed_ns or drop.left:
+                self._mark(vhost, drop)
+        if time.time() >= self._next_cleaning:
+            self._next_cleaning = time.time() + CLEANING
+            self._clean()
+
+    def rung(self, bells: set[str]) -> None:
+        """Mark the vhosts that BELLS stand for."""
+        for bell in bells:
+            vhost = self._bells.get(bell)
+            if vhost is not None:
+                self._mark(vhost, self._drops[vhost])
+
+    def next(self, busy: Container[str]) -> tuple[str, bytes] | None:
+        """The next vhost in turn that has mail and is not BUSY, and its first name."""
+        for _ in range(len(self._turn)):
+            vhost = self._turn.popleft()
+            drop = self._drops[vhost]
+            if vhost in busy:
+                self._turn.append(vhost)
+                continue
+            if drop.dirty and not drop.names:
+                self._list(vhost, drop)
+            if drop.names:
+                self._turn.append(vhost)
+                return vhost, drop.names.popleft()
+            drop.waiting = False
+        return None
+
+    def waiting(self, busy: Container[str]) -> bool:
+        """Whether a vhost that is not BUSY may have mail."""
+        return any(vhost not in busy for vhost in self._turn)
+
+    def take(self, vhost: str, name: bytes) -> None:
+        """NAME is being decided: it is not listed again until it is given back or removed."""
+        self._drops[vhost].taken.add(name)
+
+    def give_back(self, vhost: str, name: bytes) -> None:
+        """NAME is to be decided again, before all others of its vhost."""
+        drop = self._drops.get(vhost)
+        if drop is not None:
+            drop.taken.discard(name)
+            drop.names.appendleft(name)
+            self._mark(vhost, drop)
+
+    def leave(self, vhost: str, name: bytes, reason: str, trace: bool = False) -> None:
+        """NAME stays in new/ and is looked at again with the next scan; say so once."""
+        drop = self._drops[vhost]
+        drop.taken.discard(name)
+        if name not in drop.left:
+            drop.left.add(name)
+            LOG.warning(maillog.left(vhost, os.fsdecode(name), reason), exc_info=trace)
+
+    def path(self, row: Row) -> str:
+        """The file in new/ that ROW was read from."""
+        return f"{layout.maildrop(self._spool, row.vhost)}/new/{row.source}"
+
+    def remove(self, row: Row, inode: int) -> None:
+        """Unlink new/NAME, if it is still the file that was read; durable outcomes make doing it again harmless."""
+        if row.source is None:
+            return
+        try:
+            if os.lstat(self.path(row)).st_ino == inode:
+                os.unlink(self.path(row))
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            # It stays taken, and known to the ledger: never sent again.
+            LOG.error(maillog.left(row.vhost, row.source, f"cannot be removed: {error.strerror}"))
+            return
+        self.known.pop((row.vhost, row.source), None)
+        if row.vhost in self._drops:
+            self._drops[row.vhost].taken.discard(row.source.encode())
+        self.removed.append(row.queue_id)
+        row.source = None
+
+    def write_policies(self) -> None:
+        for vhost, drop in self._drops.items():
+            self._write_policy(vhost, drop)
+
+    def _add(self, vhost: str) -> Maildrop:
+        drop = self._drops[vhost] = Maildrop(bell=policy.bell(self._spool, vhost))
+        if drop.bell is None:
+            LOG.warning(maillog.left(vhost, "policy", "no bell: mail is found by scanning only; run: secure-sendmail check"))
+        else:
+            self._bells[drop.bell] = vhost
+            self._write_policy(vhost, drop)
+        return drop
+
+    def _forget(self, vhost: str) -> None:
+        drop = self._drops.pop(vhost)
+        self._bells.pop(drop.bell or "", None)
+        if drop.waiting:
+            self._turn.remove(vhost)
+
+    def _mark(self, vhost: str, drop: Maildrop) -> None:
+        drop.dirty = True
+        if not drop.waiting:
+            drop.waiting = True
+            self._turn.append(vhost)
+
+    def _list(self, vhost: str, drop: Maildrop) -> None:
+        drop.dirty = False
+        drop.listed_ns = time.time_ns()
+        try:
+            listed = pickup.names(self._spool, vhost, LISTED)
+        except OSError as error:
+            LOG.error(maillog.left(vhost, "new", str(error)))
+            return
+        drop.names = deque(name for name in listed if name not in drop.taken)
+        drop.left &= set(listed)
+
+    def _write_policy(self, vhost: str, drop: Maildrop) -> None:
+        if drop.bell is None:
+            return
+        try:
+            policy.write(self._spool, vhost, self._policy_of(vhost, drop.bell))
+        except OSError as error:
+            # enqueue goes on with the last one, or with its defaults.
+            LOG.error(maillog.left(vhost, "policy", str(error)))
+
+    def _clean(self) -> None:
+        for vhost in self._drops:
+            try:
+                pickup.remove_leftovers(self._spool, vhost, time.time())
+            except OSError as error:
+                LOG.error(maillog.left(vhost, "tmp", str(error)))

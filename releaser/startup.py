@@ -1,0 +1,140 @@
+"""Taking up what an earlier run, or a crash, has left: files and ledger are brought to agree, row by row of the page."""
+
+import io
+import os
+import time
+from dataclasses import dataclass, field
+
+from releaser import envelope, layout, maillog, mailqueue
+from releaser.batch import Batch
+from releaser.ledger import ACTIVE, FAILED, HELD, TRASHED, UNKNOWN, Ledger, Row, utc
+from releaser.maillog import LOG
+
+UNREADABLE = (OSError, envelope.NoLayout, envelope.NewerLayout)
+
+
+@dataclass
+class TakenUp:
+    """What is to be gone on with."""
+
+    # By vhost and name in new/: open attempts, and outcomes whose file is still to be removed.
+    known: dict[tuple[str, str], Row] = field(default_factory=dict)
+    # Queue ids whose file in new/ has gone without the ledger knowing.
+    removed: list[str] = field(default_factory=list)
+    # Messages in active/: when to try them, and which.
+    retries: list[tuple[float, str]] = field(default_factory=list)
+
+
+def take_up(spool: str, book: Ledger) -> TakenUp:
+    """Bring SPOOL and BOOK to agree. Before anything else runs on either."""
+    mailqueue.remove_partial(spool)
+    _adopt(spool, book)
+    _remove_unrecorded_failures(spool, book)
+    _move_into_place(spool, book)
+    return _unfinished(spool, book)
+
+
+def place(spool: str, row: Row) -> None:
+    """Let the file of ROW lie where its state says: a crash can come between a decision's commit and its rename."""
+    source, target = {HELD: ("trash", "hold"), TRASHED: ("hold", "trash"), ACTIVE: ("hold", "active")}[row.state]
+    try:
+        mailqueue.move(spool, row.queue_id, source, target)
+    except OSError as error:
+        missing = f"its file is missing: {error.strerror}; run: secure-sendmail check"
+        LOG.error(maillog.unknown(row.queue_id, row.vhost, missing))
+
+
+def close_unknown(batch: Batch, row: Row, reason: str) -> None:
+    """Nobody knows what became of the attempt, and the message has gone: it ends, and still counts."""
+    batch.log_all("unknown", row, reason)
+    row.state, row.attempt_open, row.source = UNKNOWN, 0, None
+    if row.limited and row.counted_at is None:
+        row.counted_at = time.time()
+    batch.put(row)
+    LOG.error(maillog.unknown(row.queue_id, row.vhost, reason))
+
+
+def _adopt(spool: str, book: Ledger) -> None:
+    """Files in hold/ and active/ without a row: copies whose commit a crash prevented, or a ledger that was lost."""
+    known = set(book.queue_ids(HELD, TRASHED, ACTIVE))
+    for name in ("hold", "active"):
+        for queue_id in mailqueue.listing(spool, name):
+            if queue_id not in known:
+                try:
+                    _adopt_one(spool, book, name, queue_id)
+                except UNREADABLE as error:
+                    unreadable = f"{name}/{queue_id} has no record and cannot be read: {error}"
+                    LOG.error(maillog.unknown(queue_id, "", unreadable))
+
+
+def _adopt_one(spool: str, book: Ledger, name: str, queue_id: str) -> None:
+    found, stream = mailqueue.read(layout.path(spool, name, queue_id))
+    with stream:
+        begin = stream.tell()
+        size = stream.seek(0, io.SEEK_END) - begin
+    original = bool(found.source) and os.path.lexists(f"{layout.maildrop(spool, found.vhost)}/new/{found.source}")
+    if original or book.row(queue_id) is not None:
+        # The original is still in new/, or the message has ended: the copy is a leftover.
+        mailqueue.remove(spool, name, queue_id)
+        return
+    if name != "hold":
+        mailqueue.move(spool, queue_id, name, "hold")
+    row = Row(
+        queue_id=queue_id, vhost=found.vhost, state=HELD, source=None, digest="", recipients=len(found.recipients),
+        remaining=list(found.recipients), sender=found.sender or "", size=size, arrived_at=found.arrived,
+        picked_up_at=found.picked_up, held_at=found.held or utc(time.time()),
+        uid=int(found.owner) if found.owner.isdigit() else os.geteuid(), verified=1, message_id=found.message_id,
+        subject="", script=found.script, cwd=found.cwd, refused=[],
+        reason=found.reason or "found without a record: it may have been sent already",
+    )  # fmt: skip
+    batch = Batch(book)
+    batch.put(row)
+    batch.log_all("held", row, row.reason)
+    batch.commit()
+    LOG.warning(maillog.held(queue_id, row.vhost, row.recipients, row.reason))
+
+
+def _remove_unrecorded_failures(spool: str, book: Ledger) -> None:
+    """Copies in failed/ whose commit a crash prevented: the message is still to be tried."""
+    for queue_id in set(mailqueue.listing(spool, "failed")) - set(book.queue_ids(FAILED)):
+        if book.row(queue_id) is not None:
+            mailqueue.remove(spool, "failed", queue_id)
+
+
+def _move_into_place(spool: str, book: Ledger) -> None:
+    for state, name in ((HELD, "hold"), (TRASHED, "trash")):
+        for queue_id in set(book.queue_ids(state)) - set(mailqueue.listing(spool, name)):
+            row = book.row(queue_id)
+            if row is not None:
+                place(spool, row)
+
+
+def _unfinished(spool: str, book: Ledger) -> TakenUp:
+    """Open attempts: those with a copy in active/ are tried again, those whose file has gone are closed, still counted."""
+    found = TakenUp()
+    batch = Batch(book)
+    for row in book.rows("source IS NOT NULL AND state != 'active'"):
+        if os.path.lexists(_new(spool, row)):
+            found.known[row.vhost, row.source or ""] = row
+        else:
+            found.removed.append(row.queue_id)
+    for row in book.rows("state = 'active'"):
+        in_new = row.source is not None and os.path.lexists(_new(spool, row))
+        if in_new:
+            found.known[row.vhost, row.source or ""] = row
+        if row.decision == "release" and not os.path.exists(layout.path(spool, "active", row.queue_id)):
+            place(spool, row)
+        copied = os.path.exists(layout.path(spool, "active", row.queue_id))
+        if in_new and row.deferred_at is None and row.decision is None:
+            # S4 -> S3: it is read again from new/, and the copy of a larger message is made again.
+            mailqueue.remove(spool, "active", row.queue_id)
+        elif copied:
+            found.retries.append((row.next_try or 0.0, row.queue_id))
+        else:
+            close_unknown(batch, row, "its file has gone")
+    batch.commit()
+    return found
+
+
+def _new(spool: str, row: Row) -> str:
+    return f"{layout.maildrop(spool, row.vhost)}/new/{row.source}"
