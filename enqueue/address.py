@@ -11,6 +11,10 @@ MAX_ADDRESS = 320
 _SPACE = b" \t"
 _SPECIAL = b'<>@,;:()[]"\\'
 
+_NOT_ATEXT = b'()<>[]:;@\\," \t'
+_LABEL = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-"
+_LITERAL = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:."
+
 # A token is its kind and its bytes. Kinds: w (a word: atom or quoted string), l (domain literal), a (an angle
 # address, its bytes already a mailbox, empty for <>), x (a stray special), and , ; : < > @ for themselves.
 Token = tuple[str, bytes]
@@ -29,6 +33,8 @@ def mailboxes(value: bytes) -> list[bytes]:
     element: list[Token] = []
     tokens = _tokens(value)
     position = 0
+    # Where the members of an open group begin among those found.
+    group = -1
     while position < len(tokens):
         token = tokens[position]
         position += 1
@@ -36,11 +42,13 @@ def mailboxes(value: bytes) -> list[bytes]:
         if kind in ",;":
             found += _element(element)
             element = []
+            group = -1 if kind == ";" else group
         elif kind == ":":
             # What stood before is the name of a group.
-            if any(k in "@a" for k, _ in element):
+            if group >= 0 or any(k in "@a" for k, _ in element):
                 raise Ambiguous("a colon behind an address")
             element = []
+            group = len(found)
         elif kind == "<":
             end = position
             while end < len(tokens) and tokens[end][0] != ">":
@@ -55,15 +63,19 @@ def mailboxes(value: bytes) -> list[bytes]:
             raise Ambiguous("'>' without '<'")
         else:
             element.append(token)
-    return found + _element(element)
+    found += _element(element)
+    # Nobody is meant by `Undisclosed recipients:`, but with members MTAs disagree on where the group ends.
+    if 0 <= group < len(found):
+        raise Ambiguous("a group without its ';'")
+    return found
 
 
 def unique(addresses: list[bytes]) -> list[bytes]:
     """ADDRESSES without repeats; domains compare without case, local parts with it (RFC 5321 section 2.4)."""
     seen: dict[bytes, bytes] = {}
     for address in addresses:
-        local, at, domain = address.rpartition(b"@")
-        seen.setdefault(local + at + domain.lower(), address)
+        local, domain = _split(address)
+        seen.setdefault(local + domain.lower(), address)
     return list(seen.values())
 
 
@@ -130,17 +142,51 @@ def _domain(tokens: list[Token], position: int) -> tuple[bytes, int]:
 
 
 def _checked(address: bytes) -> bytes:
-    if len(address) > MAX_ADDRESS:
-        raise Ambiguous(f"an address of more than {MAX_ADDRESS} bytes")
-    if address.isascii():
-        return address
-    local, at, domain = address.rpartition(b"@")
+    """ADDRESS with its domain as A-labels, if it is one that the releaser takes: spool_layout.md, Recipient."""
     try:
-        local.decode()
+        text = address.decode()
+    except UnicodeDecodeError:
+        raise Ambiguous("an address that is not UTF-8") from None
+    if not text.isprintable():
+        raise Ambiguous("a character in an address that cannot be seen")
+    local, domain = _split(address)
+    if domain and not domain.isascii():
         # RFC 5891: MTAs without SMTPUTF8 take a domain as A-labels only.
-        return local + at + domain.decode().encode("idna") if at else address
-    except UnicodeError:
-        raise Ambiguous("an address that is neither valid UTF-8 nor a valid international domain") from None
+        try:
+            domain = b"@" + domain[1:].decode().encode("idna")
+        except UnicodeError:
+            raise Ambiguous("a domain that is no valid international name") from None
+    if len(local) + len(domain) > MAX_ADDRESS:
+        raise Ambiguous(f"an address of more than {MAX_ADDRESS} bytes")
+    if not _good_local(local) or (domain and not _good_domain(domain[1:])):
+        raise Ambiguous("an address that no MTA takes")
+    return local + domain
+
+
+def _split(address: bytes) -> tuple[bytes, bytes]:
+    """The local part, and the domain with its @, empty where there is none; an @ inside quotes is neither."""
+    at = address.find(b"@", address.rfind(b'"') + 1) if address.startswith(b'"') else address.rfind(b"@")
+    return (address, b"") if at < 0 else (address[:at], address[at:])
+
+
+def _good_local(local: bytes) -> bool:
+    """Words with dots, also where RFC 5321 has none but some providers do; or one quoted string."""
+    if not local.startswith(b'"'):
+        return not any(byte in _NOT_ATEXT for byte in local)
+    inside = local[1:-1]
+    # Escapes are of ASCII (RFC 5321 section 4.1.2), and nothing else stands outside the one pair of quotes.
+    rest = inside.replace(b"\\\\", b"").replace(b'\\"', b"")
+    escapes = rest.split(b"\\")[1:]
+    return len(local) > 1 and b'"' not in rest and all(part and part[0] < 128 for part in escapes)
+
+
+def _good_domain(domain: bytes) -> bool:
+    if domain.startswith(b"["):
+        return len(domain) > 2 and not domain[1:-1].strip(_LITERAL)
+    return all(
+        label and not label.strip(_LABEL) and not label.startswith(b"-") and not label.endswith(b"-")
+        for label in domain.split(b".")
+    )
 
 
 def _tokens(value: bytes) -> list[Token]:

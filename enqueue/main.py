@@ -130,7 +130,8 @@ def _from(full_name: str, sender: bytes) -> bytes:
     # RFC 2047: an encoded word has at most 75 characters, so at most 45 bytes of text here.
     import binascii
 
-    return b"=?utf-8?b?" + binascii.b2a_base64(name[:45], newline=False) + b"?= <" + sender + b">"
+    cut = name[:45].decode("utf-8", "ignore").encode()
+    return b"=?utf-8?b?" + binascii.b2a_base64(cut, newline=False) + b"?= <" + sender + b">"
 
 
 def _login() -> bytes:

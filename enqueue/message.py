@@ -80,8 +80,8 @@ class Message:
         if not data:
             raise Failure(DATAERR, "the message is empty")
         start = _mbox_lines(data)
-        end = _header_end(data, start)
-        if end > MAX_HEADER:
+        end = _header_end(data[:MAX_HEADER], start)
+        if end >= MAX_HEADER and len(data) > MAX_HEADER:
             raise Failure(DATAERR, f"the header is longer than {MAX_HEADER} bytes")
         if b"\0" in data[start:end]:
             raise Failure(DATAERR, "a NUL byte in the header")
@@ -111,9 +111,11 @@ class Message:
     def chunks(self, tag: list[tuple[bytes, bytes]], missing: list[tuple[bytes, bytes]]) -> Iterator[bytes]:
         """The message to be stored: TAG first and only ours, then those of MISSING that the header lacks, then the rest."""
         dropped = ALWAYS_DROPPED | {name.lower() for name, _ in tag}
-        names = {field.name for field in self.fields}
-        ours = tag + [(name, value) for name, value in missing if name.lower() not in names]
-        head = [name + b": " + value + b"\n" for name, value in ours]
+        # A field with nothing in it is as good as none.
+        names = {field.name for field in self.fields if field.value()}
+        added = [(name, value) for name, value in missing if name.lower() not in names]
+        dropped |= {name.lower() for name, _ in added}
+        head = [name + b": " + value + b"\n" for name, value in tag + added]
         head += [field.raw for field in self.fields if field.name not in dropped]
         yield b"".join(head) + b"\n" + self._rest
         yield from self._chunks
@@ -136,10 +138,15 @@ def _mbox_lines(data: bytes) -> int:
 
 
 def _header_end(data: bytes, position: int) -> int:
-    """The place of the first line from POSITION on that is neither a field nor its continuation."""
+    """The place of the first line from POSITION on that is neither a field nor its continuation; len(DATA) if none is.
+
+    A last line without its end counts as a field, whatever it looks like so far.
+    """
     start = position
     while position < len(data):
-        line_end = data.find(b"\n", position) + 1 or len(data)
+        line_end = data.find(b"\n", position) + 1
+        if not line_end:
+            return len(data)
         continues = position > start and data[position] in b" \t"
         if not continues and not _name(data[position:line_end]):
             break
@@ -158,10 +165,12 @@ def _name(line: bytes) -> bytes:
 
 
 def _fields(head: bytes) -> list[Field]:
-    fields: list[Field] = []
-    for line in head.split(b"\n")[:-1]:
-        if line[:1] in (b" ", b"\t"):
-            fields[-1].raw += line + b"\n"
-        else:
-            fields.append(Field(_name(line), line + b"\n"))
-    return fields
+    """The fields of HEAD, each sliced once, since a field can have as many lines as the header."""
+    starts = []
+    position = 0
+    while position < len(head):
+        if head[position] not in b" \t":
+            starts.append(position)
+        position = head.find(b"\n", position) + 1 or len(head)
+    raws = [head[begin:end] for begin, end in zip(starts, [*starts[1:], len(head)], strict=False)]
+    return [Field(_name(raw), raw) for raw in raws]

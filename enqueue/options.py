@@ -39,14 +39,15 @@ def parse(argv: list[str]) -> Call:
             raise Failure(USAGE, "--spool needs a directory")
         call.spool = words[1]
         del words[:2]
-    leading = _options(call, words)
+    leading, ended = _options(call, words)
     if not words:
         raise Failure(USAGE, "no vhost: usage: secure-sendmail-enqueue [--spool DIR] VHOST [SENDER] -t -i")
     call.vhost = vhost_name(words.pop(0))
-    if not leading and words and not words[0].startswith("-") and (len(words) == 1 or words[1].startswith("-")):
+    if not leading and words and not _is_option(words[0]) and (len(words) == 1 or _is_option(words[1])):
         # -f and -r, read below, win over this word.
         call.sender = words.pop(0)
-    _options(call, words)
+    if not ended:
+        _options(call, words)
     call.recipients = words
     if not call.recipients:
         call.from_header = True
@@ -57,25 +58,33 @@ def vhost_name(word: str) -> str:
     """WORD in lower case, if it is a host name (RFC 1123, at most 253 characters, no trailing dot)."""
     name = word.lower()
     labels = name.split(".")
-    good = len(name) <= 253 and all(
-        label and len(label) <= 63 and label[0] != "-" and label[-1] != "-" and LETTERS.issuperset(label.replace("-", ""))
-        for label in labels
+    good = (
+        word.isascii()
+        and len(name) <= 253
+        and all(
+            label and len(label) <= 63 and label[0] != "-" and label[-1] != "-" and LETTERS.issuperset(label.replace("-", ""))
+            for label in labels
+        )
     )
     if not good:
         raise Failure(USAGE, f"bad vhost {word[:80]!r}: it must be a host name such as www.example.com")
     return name
 
 
-def _options(call: Call, words: list[str]) -> bool:
-    """Take the options off the front of WORDS, up to the first other word or `--`; say whether there were any."""
+def _is_option(word: str) -> bool:
+    return word.startswith("-") and word != "-"
+
+
+def _options(call: Call, words: list[str]) -> tuple[bool, bool]:
+    """Take the options off the front of WORDS; say whether there were any, and whether `--` has ended them for good."""
     any_option = False
-    while words and words[0].startswith("-") and words[0] != "-":
+    while words and _is_option(words[0]):
         any_option = True
         word = words.pop(0)
         if word == "--":
-            break
+            return True, True
         _flags(call, word, words)
-    return any_option
+    return any_option, False
 
 
 def _flags(call: Call, word: str, words: list[str]) -> None:

@@ -1,5 +1,6 @@
 """releaser.toml and vhosts.d/*.toml: every key with its default, read once, with an error that names file and key."""
 
+import errno
 import grp
 import os
 import pwd
@@ -15,6 +16,9 @@ from typing import Any
 from releaser import envelope, layout, limits
 
 DEFAULT_FILE = "/etc/php-secure-sendmail/releaser.toml"
+
+# As many symbolic links as the kernel follows.
+MAX_LINKS = 40
 
 _DURATION = re.compile(r"([1-9][0-9]{0,6})([smhd])\Z")
 _SIZE = re.compile(r"([1-9][0-9]{0,8})([KMG]?)\Z")
@@ -62,7 +66,7 @@ def _url(value: object) -> str:
     if scheme == "sendmail":
         raise ValueError(f"{text!r}: sendmail: is not built yet; allowed are smtp://HOST:PORT and maildir:DIR")
     host, _, port = rest.removeprefix("//").rpartition(":")
-    if scheme == "smtp" and rest.startswith("//") and host and port.isdigit() and 0 < int(port) < 65536:
+    if scheme == "smtp" and rest.startswith("//") and host and port.isascii() and port.isdigit() and 0 < int(port) < 65536:
         return text
     raise ValueError(f"{text!r} is neither smtp://HOST:PORT nor maildir:DIR with an absolute path")
 
@@ -80,7 +84,7 @@ def _limits(value: object) -> tuple[limits.Limit, ...]:
 
 
 def _address(value: object) -> str:
-    if not envelope.is_address(_text(value)) or "@" not in str(value):
+    if not envelope.is_address(_text(value)) or not envelope.split(str(value))[1]:
         raise ValueError(f"{value!r} is not a mail address")
     return str(value)
 
@@ -211,7 +215,7 @@ def load(file: str) -> Config:
     """Read FILE and vhosts.d/*.toml beside it. Raises ConfigError."""
     document = _read(file)
     for section in document:
-        if section not in SECTIONS and section not in SECTIONS[""] and section != "vhosts":
+        if not section or section not in (*SECTIONS, *SECTIONS[""], "vhosts"):
             raise _unknown(file, "", section, [*SECTIONS[""], *filter(None, SECTIONS), "vhosts"])
     sections: dict[str, dict[str, Any]] = {}
     for section, keys in SECTIONS.items():
@@ -333,19 +337,34 @@ def _read(file: str) -> dict[str, Any]:
 
 
 def _check_owner(file: str) -> None:
-    """Refuse a configuration that someone besides root and this user could have written."""
-    path = os.path.realpath(file)
-    while True:
-        status = os.stat(path)
+    """Refuse a configuration that someone besides root and this user could write, or put another in the place of.
+
+    Every directory and every symbolic link on the way to it is looked at, since whoever can change one of them can.
+    """
+    path, todo, links = "", os.path.abspath(file).split("/"), 0
+    while todo:
+        name = todo.pop(0)
+        if name in ("", ".") and path:
+            continue
+        if name == "..":
+            path = os.path.dirname(path)
+            continue
+        path = f"{path}/{name}" if path != "/" else f"/{name}"
+        status = os.lstat(path)
         if status.st_uid not in (0, os.geteuid()):
             raise ConfigError(f"{path}: owned by uid {status.st_uid}; it must belong to root or to uid {os.geteuid()}")
+        if stat.S_ISLNK(status.st_mode):
+            links += 1
+            if links > MAX_LINKS:
+                raise ConfigError(f"{file}: {os.strerror(errno.ELOOP)}")
+            target = os.readlink(path)
+            path = "" if target.startswith("/") else os.path.dirname(path)
+            todo = target.split("/") + todo
+            continue
         sticky = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
         foreign_group = status.st_mode & stat.S_IWGRP and not _private_group(status.st_gid, status.st_uid)
         if not sticky and (status.st_mode & stat.S_IWOTH or foreign_group):
             raise ConfigError(f"{path}: writable by others (mode {stat.S_IMODE(status.st_mode):04o}); run: chmod go-w {path}")
-        if path == "/":
-            return
-        path = os.path.dirname(path)
 
 
 def _private_group(gid: int, uid: int) -> bool:

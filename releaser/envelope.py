@@ -12,9 +12,13 @@ SUBMITTED = ("Layout", "Vhost", "Sender", "Recipient", "Arrived", "Uid", "Cwd", 
 VERIFIED = ("Queue-Id", "Source", "Owner", "Picked-Up", "Held", "Reason", "Failed")
 MANY = ("Recipient", "Failed")
 
-_ATEXT = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~\u0080-\U0010ffff-]"
-_LOCAL = rf"(?:{_ATEXT}+(?:\.{_ATEXT}+)*|\"(?:[ !#-\[\]-~\u0080-\U0010ffff]|\\[ -~])*\")"
-_DOMAIN = r"(?:[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?|\[[0-9A-Za-z:.]+\])"
+_WIDE = r"\u00a0-\ud7ff\ue000-\U0010ffff"
+_ATEXT = rf"[A-Za-z0-9!#$%&'*+/=?^_`{{|}}~{_WIDE}-]"
+# Dots also where RFC 5321 has none, since some providers do.
+_LOCAL = rf"(?:(?:{_ATEXT}|\.)+|\"(?:[ !#-\[\]-~{_WIDE}]|\\[ -~])*\")"
+_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
+_DOMAIN = rf"(?:{_LABEL}(?:\.{_LABEL})*|\[[0-9A-Za-z:.]+\])"
+_VERSION = re.compile(r"Layout: ([1-9][0-9]{0,5})\Z")
 _ADDRESS = re.compile(rf"{_LOCAL}(?:@{_DOMAIN})?\Z")
 
 
@@ -78,10 +82,11 @@ def parse(text: bytes, verified: bool) -> Envelope:
         lines = text.decode().split("\n")
     except UnicodeDecodeError:
         raise NoLayout("the envelope is not UTF-8") from None
-    version = lines[0].removeprefix("Layout: ")
-    if not lines[0].startswith("Layout: ") or not version.isascii() or not version.isdigit() or len(version) > 6:
+    first = _VERSION.match(lines[0])
+    if not first:
         raise NoLayout("the first line is not 'Layout: N'")
-    if int(version) > layout.LAYOUT:
+    version = int(first[1])
+    if version > layout.LAYOUT:
         raise NewerLayout(f"layout {version} is newer than {layout.LAYOUT}, which this program reads")
     known = SUBMITTED[1:] + (VERIFIED if verified else ())
     values: dict[str, list[str]] = {}
@@ -89,7 +94,7 @@ def parse(text: bytes, verified: bool) -> Envelope:
         key, colon, value = line.partition(": ")
         if not colon or key not in known:
             raise NoLayout(f"unknown envelope line {line[:60]!r}")
-        if any(character < " " or character == "\x7f" for character in value):
+        if one_line(value) != value:
             raise NoLayout(f"a control character in the envelope line {key}")
         if key in values and key not in MANY:
             raise NoLayout(f"the envelope line {key} stands there twice")
@@ -111,18 +116,24 @@ def parse(text: bytes, verified: bool) -> Envelope:
 
 def is_address(text: str) -> bool:
     """The one strict grammar for what may stand in MAIL FROM and RCPT TO: RFC 5321 section 4.1.2, the domain optional."""
-    return len(text.encode()) <= 320 and bool(_ADDRESS.match(text))
+    return bool(_ADDRESS.match(text)) and len(text.encode()) <= 320
 
 
 def one_mailbox(address: str) -> bool:
     """Whether the MTA delivers ADDRESS to one mailbox as far as can be known: it has a domain, and no `%` or `!`."""
-    local, at, domain = address.rpartition("@")
-    return bool(at and domain) and not set("%!") & set(local)
+    local, domain = split(address)
+    return bool(domain) and not set("%!") & set(local)
+
+
+def split(address: str) -> tuple[str, str]:
+    """Local part and domain of ADDRESS, the domain empty where there is none; an @ inside quotes belongs to the local part."""
+    at = address.find("@", address.rfind('"') + 1) if address.startswith('"') else address.rfind("@")
+    return (address, "") if at < 0 else (address[:at], address[at + 1 :])
 
 
 def one_line(value: str) -> str:
-    """VALUE without control characters, as an envelope value must be."""
-    return "".join(c if c >= " " and c != "\x7f" else "?" for c in value)
+    """VALUE without control characters (C0, DEL, C1), as an envelope value must be."""
+    return "".join("?" if c < " " or "\x7f" <= c <= "\x9f" else c for c in value)
 
 
 def _attribute(key: str) -> str:

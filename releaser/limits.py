@@ -83,15 +83,18 @@ class Account:
             self._add(stamp, recipients)
 
     def exceeded(self, recipients: int, now: float) -> Excess | None:
-        """The longest window that RECIPIENTS more would exceed at NOW; None if all windows allow it."""
+        """The window that RECIPIENTS more would exceed at NOW; None if all windows allow it.
+
+        Of several the longest; but one that the message exceeds all by itself, whatever was used, comes first.
+        """
         asked = self._amount(recipients)
         reserved = sum(self._open.values())
-        over = None
-        for window in self.windows:
-            used = window.used(now) + reserved
-            if used + asked > window.limit.count and (over is None or window.limit.seconds > over.limit.seconds):
-                over = Excess(window.limit, used, asked)
-        return over
+        over = [
+            Excess(window.limit, used, asked)
+            for window in self.windows
+            if (used := window.used(now) + reserved) + asked > window.limit.count
+        ]
+        return max(over, key=lambda excess: (asked > excess.limit.count, excess.limit.seconds), default=None)
 
     def reserve(self, queue_id: str, recipients: int) -> None:
         """Count a message as now until it is confirmed or cancelled."""

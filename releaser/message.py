@@ -9,9 +9,12 @@ import email.header
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-MAX_HEADER = 1 << 20
+# More than enqueue takes, since it adds to the header what is missing and our tag.
+MAX_HEADER = 2 << 20
 ALWAYS_DROPPED = frozenset((b"bcc", b"resent-bcc", b"return-path"))
 NAME_BYTES = bytes(n for n in range(33, 127) if n != 0x3A)
+# Bytes of a header that are decoded at most: decoding takes time that grows with the square of its length.
+MAX_DECODED = 2000
 # Longest text kept of a header for listings and the log, in characters.
 MAX_SHOWN = 255
 
@@ -38,7 +41,8 @@ class Header:
         """The header to send: TAG first and only ours; MESSAGE_ID where there is none; the empty line; the first body bytes."""
         dropped = ALWAYS_DROPPED | {name.lower().encode() for name, _ in tag}
         head = [f"{name}: {value}\n".encode() for name, value in tag]
-        if not any(name == b"message-id" for name, _ in self.fields):
+        if not self.text("message-id"):
+            dropped |= {b"message-id"}
             head.append(f"Message-ID: {message_id}\n".encode())
         head += [raw for name, raw in self.fields if name not in dropped]
         return b"".join(head) + b"\n" + self.rest
@@ -78,26 +82,30 @@ def read_header(chunks: Iterator[bytes]) -> Header:
         if size > MAX_HEADER:
             break
     data = b"".join(pieces)
-    fields: list[tuple[bytes, bytes]] = []
+    head = data[:MAX_HEADER]
+    starts: list[int] = []
     position = 0
-    while position < len(data):
-        line_end = data.find(b"\n", position) + 1 or len(data)
-        line = data[position:line_end]
-        if fields and line[0] in b" \t":
-            fields[-1] = (fields[-1][0], fields[-1][1] + line)
-        elif name := _name(line):
-            fields.append((name, line))
-        else:
+    while position < len(head):
+        line_end = head.find(b"\n", position) + 1
+        if not line_end:
+            # Cut by the limit: whatever the line is, it does not end within it.
+            position = len(head)
             break
+        if not (starts and head[position] in b" \t"):
+            if not _name(head[position:line_end]):
+                break
+            starts.append(position)
         position = line_end
-    if position > MAX_HEADER:
+    if position == MAX_HEADER < len(data):
         raise HeaderTooLong(f"the header is longer than {MAX_HEADER} bytes")
-    return Header(tuple(fields), data[position:].removeprefix(b"\n"))
+    # Each field is sliced once, since it can have as many lines as the header.
+    raws = [head[begin:end] for begin, end in zip(starts, [*starts[1:], position], strict=False)]
+    return Header(tuple((_name(raw), raw) for raw in raws), data[position:].removeprefix(b"\n"))
 
 
 def decoded(raw: bytes) -> str:
     """A header value for people to read: encoded words decoded, broken bytes replaced."""
-    text = raw.decode("utf-8", "replace").replace("\n", "").strip()
+    text = raw[:MAX_DECODED].decode("utf-8", "replace").replace("\n", "").strip()
     try:
         text = str(email.header.make_header(email.header.decode_header(text)))
     except (email.errors.MessageError, ValueError, LookupError):

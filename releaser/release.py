@@ -341,9 +341,9 @@ class Releaser:
         return min(configured, max(announced - tag, 0)) if announced else configured
 
 
-def _comparable(address: str) -> str:
-    local, at, domain = address.rpartition("@")
-    return local + at + domain.lower()
+def _comparable(address: str) -> tuple[str, str]:
+    local, domain = envelope.split(address)
+    return local, domain.lower()
 
 
 def _login(uid: int) -> str:

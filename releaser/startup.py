@@ -83,7 +83,7 @@ def _adopt_one(spool: str, book: Ledger, name: str, queue_id: str) -> None:
         queue_id=queue_id, vhost=found.vhost, state=HELD, source=None, digest="", recipients=len(found.recipients),
         remaining=list(found.recipients), sender=found.sender or "", size=size, arrived_at=found.arrived,
         picked_up_at=found.picked_up, held_at=found.held or utc(time.time()),
-        uid=int(found.owner) if found.owner.isdigit() else os.geteuid(), verified=1, message_id=found.message_id,
+        uid=int(found.owner) if found.owner.isdecimal() else os.geteuid(), verified=1, message_id=found.message_id,
         subject="", script=found.script, cwd=found.cwd, refused=[],
         reason=found.reason or "found without a record: it may have been sent already",
     )  # fmt: skip

@@ -58,7 +58,9 @@ def list_(context: Context, chosen: Filters, as_json: bool, deleted: bool) -> No
 @pass_context
 def show(context: Context, queue_id: str, raw: bool, as_json: bool) -> None:
     """Show one message."""
-    row = context.ledger.row(queue_id) if layout.is_queue_id(queue_id) else None
+    if not layout.is_queue_id(queue_id):
+        raise click.BadParameter(f"{queue_id[:40]!r} is not a queue id such as 06437E2A4F1B2C0A1")
+    row = context.ledger.row(queue_id)
     if row is None:
         raise Failed(f"no message {queue_id!r}")
     if as_json:
