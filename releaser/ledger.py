@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from datetime import datetime
 from typing import Any
 
 VERSION = 1
@@ -177,6 +178,14 @@ _PUT = (
 def utc(stamp: float) -> str:
     """ISO 8601 in UTC with microseconds, for a time in seconds since 1970."""
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(stamp)) + f".{int(stamp % 1 * 1e6):06d}Z"
+
+
+def is_utc(text: str) -> bool:
+    """Whether TEXT is a time as utc() writes it."""
+    try:
+        return len(text) == 27 and text.isascii() and utc(datetime.fromisoformat(text).timestamp())[:20] == text[:20]
+    except (ValueError, OverflowError, OSError):
+        return False
 
 
 class Ledger:

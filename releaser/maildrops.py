@@ -59,6 +59,8 @@ class Maildrops:
             self._forget(vhost)
         for vhost in found:
             drop = self._drops.get(vhost) or self._add(vhost)
+            if not os.path.exists(f"{layout.maildrop(self._spool, vhost)}/policy"):
+                self._write_policy(vhost, drop)
             try:
                 changed = os.stat(f"{layout.maildrop(self._spool, vhost)}/new").st_mtime_ns
             except OSError as error:

@@ -223,7 +223,7 @@ class Releaser:
             remaining=recipients,
             sender=sender,
             size=submitted.message_size,
-            arrived_at=found.arrived or ledger.utc(status.st_ctime),
+            arrived_at=found.arrived if ledger.is_utc(found.arrived) else ledger.utc(status.st_ctime),
             picked_up_at=ledger.utc(time.time()),
             uid=status.st_uid,
             verified=1,

@@ -117,8 +117,9 @@ def _decide(context: Context, decision: str, chosen: Filters, why: str, dry_run:
     if not chosen.ids and not chosen.given and not chosen.everything:
         raise click.UsageError(f"which mail? Give ids, a filter, or --all: secure-sendmail hold {decision} --help")
     rows = _select(context, chosen, DECISIONS[decision])
-    refused = [_refusal(context, queue_id, decision) for queue_id in set(chosen.ids) - {row.queue_id for row in rows}]
-    for sentence in sorted(refused):
+    others = [queue_id for queue_id in chosen.ids if queue_id not in {row.queue_id for row in rows}]
+    refused = [sentence for queue_id in dict.fromkeys(others) if (sentence := _refusal(context, queue_id, decision))]
+    for sentence in refused:
         output.complain(sentence)
     if rows:
         by_vhost = {vhost: sum(1 for row in rows if row.vhost == vhost) for vhost in sorted({row.vhost for row in rows})}
@@ -133,7 +134,7 @@ def _decide(context: Context, decision: str, chosen: Filters, why: str, dry_run:
         context.ring()
         taken = {row.queue_id for row in rows} - set(done)
         for queue_id in sorted(taken):
-            refused.append(_refusal(context, queue_id, decision))
+            refused.append(_refusal(context, queue_id, decision) or f"{queue_id}: decided by someone else meanwhile")
             output.complain(refused[-1])
         _follow(context, decision, done)
     if refused:
@@ -144,7 +145,7 @@ def _confirm(decision: str, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise click.UsageError(f"without a terminal, {decision} of a selection needs --yes")
+        raise click.UsageError(f"without a terminal, this hold {decision} needs --yes")
     click.confirm(f"{decision}?", abort=True)
 
 
@@ -153,7 +154,7 @@ def _follow(context: Context, decision: str, queue_ids: list[str]) -> None:
     if not queue_ids:
         return
     if not context.running:
-        output.say(f"recorded: {_messages(len(queue_ids))}; the releaser is not running")
+        output.say("recorded; the releaser is not running")
         return
     waiting = set(queue_ids)
     started = last = time.monotonic()
@@ -180,11 +181,13 @@ def _follow(context: Context, decision: str, queue_ids: list[str]) -> None:
 
 
 def _refusal(context: Context, queue_id: str, decision: str) -> str:
+    """Why QUEUE_ID cannot be decided so; empty where it can, and only the filter leaves it out."""
     row = context.ledger.row(queue_id)
     if row is None:
         return f"{queue_id}: no such message"
-    if row.state == DECISIONS[decision] and row.decision and row.executed_at is None:
-        return f"{queue_id}: {row.decision} is recorded already, by {row.actor}"
+    if row.state == DECISIONS[decision]:
+        pending = row.decision and row.executed_at is None
+        return f"{queue_id}: {row.decision} is recorded already, by {row.actor}" if pending else ""
     already = "already " if row.decision == decision else ""
     return f"{queue_id}: not {decision}d now, it is {already}{_ended(row)}"
 

@@ -1,0 +1,149 @@
+"""What the enqueue command does on a full file system, and as a user to whom the maildrop is closed. Needs root."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from host import ROOT, Host, text
+
+pytestmark = pytest.mark.server
+
+VHOST = "www.a.example"
+CANTCREAT, IOERR, NOPERM, CONFIG = 73, 74, 77, 78
+
+# Nobody's.
+STRANGER = "12345"
+
+
+@contextmanager
+def small_file_system(path: Path, options: str) -> Iterator[None]:
+    path.mkdir(mode=0o700)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"{options},mode=0700", "pss-test", path], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", path], check=True)
+
+
+def refused(run: subprocess.CompletedProcess[bytes], status: int) -> None:
+    assert run.returncode == status, run
+    assert run.stdout == b""
+    line = run.stderr.decode().removesuffix("\n")
+    assert line.isprintable() and run.stderr.endswith(b"\n"), run.stderr
+
+
+def test_enqueue_on_a_full_spool() -> None:
+    """A message that does not fit is refused with 74 and leaves nothing; when there is room again, mail goes through."""
+    with Host() as host, small_file_system(host.spool, "size=256k"):
+        host.add(VHOST)
+        big = text("one@x.example", body="0123456789\n" * 100_000)
+        refused(host.enqueue(VHOST, "-t", message=big), IOERR)
+        assert host.ls() == []
+        host.send(VHOST)
+        (first,) = host.ls()
+        # Now without any room at all.
+        filler = host.spool / "filler"
+        with pytest.raises(OSError, match="No space left"):
+            filler.write_bytes(bytes(1_000_000))
+        for message in (None, big):
+            refused(host.enqueue(VHOST, "-t", message=message), IOERR)
+            assert host.ls() == [first]
+        filler.unlink()
+        host.send(VHOST, message=text("one@x.example", subject="later"))
+        with host.running():
+            host.wait_for_mail(2)
+        assert host.subjects() == ["later", "subject"]
+
+
+def test_enqueue_without_inodes() -> None:
+    """Where no file can be made: 73."""
+    with Host() as host, small_file_system(host.spool, "size=1m,nr_inodes=40"):
+        host.add(VHOST)
+        fillers = []
+        with pytest.raises(OSError, match="No space left"):
+            for number in range(100):
+                fillers.append(host.spool / f"filler {number}")
+                fillers[-1].touch()
+        refused(host.enqueue(VHOST, "-t"), CANTCREAT)
+        assert host.ls() == []
+        fillers[0].unlink()
+        host.send(VHOST)
+        assert len(host.ls()) == 1
+
+
+def test_releaser_on_a_full_spool_loses_nothing() -> None:
+    """Mail that cannot be held for want of room waits in new/ and is held when there is room."""
+    with Host(default=["0/1h"]) as host, small_file_system(host.spool, "size=512k"):
+        host.add(VHOST)
+        message = text("one@x.example", body="0123456789\n" * 5_000)
+        for _ in range(4):
+            host.send(VHOST, message=message)
+        filler = host.spool / "filler"
+        with pytest.raises(OSError, match="No space left"):
+            filler.write_bytes(bytes(1_000_000))
+        host.start()
+        host.wait_for_log("No space left")
+        assert [name for name in host.ls() if name.startswith("vhosts/")]
+        assert host.is_running()
+        filler.unlink()
+        # Saves the test the wait for the next scan.
+        assert host.stop() == 0
+        host.start()
+        host.wait_until_idle()
+        assert (len(host.held()), len(host.ls()), host.mail()) == (4, 4, [])
+        for queue_id in host.held():
+            raw = host.cli("hold", "show", "--raw", queue_id, text=False).stdout
+            assert raw.endswith(message.partition(b"\n\n")[2])
+        assert host.stop() == 0
+
+
+@pytest.fixture
+def stranger() -> Iterator[Path]:
+    """The shipped script and its package where every user can read them, for the system's own interpreter."""
+    with tempfile.TemporaryDirectory(prefix="pss-stranger-", dir="/tmp") as name:
+        directory = Path(name)
+        shutil.copytree(ROOT / "enqueue", directory / "enqueue", ignore=shutil.ignore_patterns("__pycache__"))
+        template = (ROOT / "enqueue/secure-sendmail-enqueue.in").read_text()
+        script = directory / "secure-sendmail-enqueue"
+        script.write_text(template.replace("@PYTHON@", "/usr/bin/python3").replace("@LIBRARY@", name))
+        subprocess.run(["chmod", "-R", "a+rX", directory], check=True)
+        yield script
+
+
+def enqueue_as_stranger(script: Path, host: Host, vhost: str) -> subprocess.CompletedProcess[bytes]:
+    become = ["setpriv", "--reuid", STRANGER, "--regid", STRANGER, "--clear-groups", "--"]
+    words = [*become, "/usr/bin/python3", "-IS", str(script), "--spool", str(host.spool), vhost, "-t"]
+    return subprocess.run(words, input=text("one@x.example"), capture_output=True, timeout=60)
+
+
+def test_enqueue_at_a_closed_gate(host: Host, stranger: Path) -> None:
+    """A user to whom the spool or the vhost is closed is refused with 77, whichever directory closes it."""
+    vhosts = host.spool / "vhosts"
+    for opened in ((), (host.spool,), (host.spool, vhosts)):
+        for path in opened:
+            path.chmod(0o711)
+        refused(enqueue_as_stranger(stranger, host, VHOST), NOPERM)
+        assert host.ls() == []
+    # Where he may look, he learns that there is none.
+    refused(enqueue_as_stranger(stranger, host, "www.c.example"), CONFIG)
+
+
+def test_enqueue_as_another_user_behind_an_open_gate(host: Host, stranger: Path) -> None:
+    """The same script as the same user is accepted where the gate lets him in, so it is the gate that refuses."""
+    gate = host.spool / "vhosts" / VHOST
+    for path in (host.spool, gate.parent, gate):
+        path.chmod(0o711)
+    for name in ("tmp", "new"):
+        (gate / name).chmod(0o3777)
+    (gate / "policy").chmod(0o644)
+    run = enqueue_as_stranger(stranger, host, VHOST)
+    assert (run.returncode, run.stdout, run.stderr) == (0, b"", b"")
+    (name,) = host.ls()
+    assert name.startswith(f"vhosts/{VHOST}/new/")
+    assert (host.spool / name).stat().st_uid == int(STRANGER)
