@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from servers import HOST, LIBRARIES, POSTFIX, Postfix, Sink, Wire, free_port, wait_until
 
+pytestmark = pytest.mark.server
+
 SENDER = "sender@from.test"
 RECIPIENTS = ["one@to.test", "two@to.test"]
 
