@@ -27,6 +27,7 @@ from enqueue.maildrop import Maildrop
 
 LAYOUT = b"1"
 READ_SIZE = 1 << 16
+MAX_RECIPIENTS = 10_000
 
 
 def main() -> None:
@@ -106,7 +107,10 @@ def _recipients(call: options.Call, mail: message.Message) -> list[bytes]:
     if not found:
         where = "To, Cc or Bcc" if call.from_header else "the arguments"
         raise Failure(DATAERR, f"no recipients in {where}")
-    return address.unique(found)
+    found = address.unique(found)
+    if len(found) > MAX_RECIPIENTS:
+        raise Failure(DATAERR, f"{len(found)} recipients, at most {MAX_RECIPIENTS} are allowed: send it in parts")
+    return found
 
 
 def _sender(word: str | None) -> bytes | None:

@@ -134,9 +134,10 @@ class Daemon:
 
     def _check(self, releaser: Releaser) -> None:
         """Load the configuration again where it has changed, and see that the watch lives."""
-        if self._watch is not None and not self._watch.alive():
-            LOG.error("watching has stopped by itself; started again")
-            self._watch.stop()
+        if not self._once and (self._watch is None or not self._watch.alive()):
+            if self._watch is not None:
+                LOG.error("watching has stopped by itself; started again")
+                self._watch.stop()
             self._start_watch(releaser.config)
             releaser.scan()
         try:
@@ -204,7 +205,7 @@ def running(spool: str) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return False
     except BlockingIOError:
         return True

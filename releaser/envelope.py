@@ -5,7 +5,11 @@ from dataclasses import dataclass, field, replace
 
 from releaser import layout
 
-MAX_ENVELOPE = 2 << 20
+# What enqueue writes at most: recipients, and bytes of envelope with their longest addresses.
+MAX_RECIPIENTS = 10_000
+MAX_ENVELOPE = 4 << 20
+# Characters kept of what a caller claims about itself.
+MAX_CLAIM = 1000
 
 # Lines that enqueue writes, and lines that only the releaser writes; each once, but for Recipient and Failed.
 SUBMITTED = ("Layout", "Vhost", "Sender", "Recipient", "Arrived", "Uid", "Cwd", "Program", "Script", "Message-Id")
@@ -102,15 +106,15 @@ def parse(text: bytes, verified: bool) -> Envelope:
     sender = values.pop("Sender", [None])[0]
     recipients = values.pop("Recipient", [])
     failed = values.pop("Failed", [])
-    single = {_attribute(key): value[0] for key, value in values.items()}
+    single = {_attribute(key): value[0][:MAX_CLAIM] for key, value in values.items()}
     vhost = single.pop("vhost", "")
     if not layout.is_vhost(vhost):
         raise NoLayout("no valid vhost in the envelope")
-    if not recipients:
-        raise NoLayout("no recipient in the envelope")
+    if not 0 < len(recipients) <= MAX_RECIPIENTS:
+        raise NoLayout(f"{len(recipients)} recipients in the envelope, between 1 and {MAX_RECIPIENTS} are allowed")
     for address in recipients + ([sender] if sender else []):
         if not is_address(address):
-            raise NoLayout(f"bad address {address[:80]!r} in the envelope")
+            raise NoLayout("an address in the envelope that no MTA takes")
     return Envelope(vhost=vhost, recipients=tuple(recipients), sender=sender, failed=tuple(failed), **single)
 
 

@@ -7,8 +7,9 @@ spool_layout.md.
 import heapq
 import os
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import BinaryIO
 
@@ -33,20 +34,34 @@ class Flight:
     row: Row
     message: Callable[[], BinaryIO]
     ascii_only: bool
-    # The inode of the file in new/ that it was read from; 0 where it comes from active/.
-    inode: int = 0
+    # The file in new/ that it was read from, kept open until it is removed; None where it comes from active/.
+    original: pickup.Submitted | None = None
     # An earlier attempt has no known outcome: this one may make a duplicate.
     again: bool = False
+    # Whom this attempt has still to try, and whom the MTA has deferred in it.
+    untried: list[str] = field(default_factory=list)
+    deferred: list[Outcome] = field(default_factory=list)
+    # Whether the MTA has answered in this attempt.
+    answered: bool = False
 
 
 class HandOver:
     """What is with the MTA, and what waits for it."""
 
     def __init__(
-        self, spool: str, book: Ledger, drops: Maildrops, account: Callable[[str], Account], senders: Senders, give_up: int
+        self,
+        spool: str,
+        book: Ledger,
+        drops: Maildrops,
+        account: Callable[[str], Account],
+        wake: Callable[[], None],
+        mta_url: str,
+        give_up: int,
     ) -> None:
         """GIVE_UP: seconds until a deferred message is put into failed/."""
-        self.senders = senders
+        self._wake = wake
+        self._results: mta.Results = mta.Results()
+        self.senders = Senders(mta_url, wake, self._results)
         self.give_up = give_up
         # Vhosts with a message in flight: one at a time keeps their mail in order.
         self.busy: set[str] = set()
@@ -55,13 +70,18 @@ class HandOver:
         self._drops = drops
         self._account = account
         self._flights: dict[str, Flight] = {}
+        # What waits for its time, and, by vhost, what is due and waits for its turn.
         self._retries: list[tuple[float, str]] = []
+        self._due: dict[str, deque[str]] = {}
         self._down_until = 0.0
         self._backoff = 0.0
 
     @property
     def in_flight(self) -> int:
         return len(self._flights)
+
+    def flies(self, queue_id: str) -> bool:
+        return queue_id in self._flights
 
     @property
     def down_until(self) -> float:
@@ -75,11 +95,15 @@ class HandOver:
 
     @property
     def next_retry(self) -> float | None:
+        """When something in active/ can be tried, in seconds since 1970; None: nothing waits but for a vhost in flight."""
+        if any(vhost not in self.busy for vhost in self._due):
+            return 0.0
         return self._retries[0][0] if self._retries else None
 
-    def use(self, senders: Senders) -> None:
-        """Another MTA: nothing is known of it yet. Nothing may be in flight."""
-        self.senders = senders
+    def use(self, url: str) -> None:
+        """Another MTA: nothing is known of it yet. What is in flight ends where it was begun."""
+        self.senders.stop()
+        self.senders = Senders(url, self._wake, self._results)
         self._down_until = self._backoff = 0.0
 
     def later(self, stamp: float, queue_id: str) -> None:
@@ -89,29 +113,55 @@ class HandOver:
     def begin(self, batch: Batch, flight: Flight) -> None:
         """Make the attempt durable, then let it begin."""
         flight.row.attempt_open = 1
+        if not flight.untried:
+            flight.untried = list(flight.row.remaining)
         self._flights[flight.row.queue_id] = flight
         self.busy.add(flight.row.vhost)
         batch.put(flight.row)
         batch.then(partial(self._dispatch, flight))
 
     def retry(self, batch: Batch) -> None:
-        """Begin again what waits in active/ and is due."""
-        while self._retries and self._retries[0][0] <= time.time() and self.room:
+        """Begin again what waits in active/ and is due, the vhosts in turn; half of the sessions are left for new mail."""
+        while self._retries and self._retries[0][0] <= time.time():
             _, queue_id = heapq.heappop(self._retries)
             row = self._ledger.row(queue_id)
-            if row is None or row.state != ACTIVE or queue_id in self._flights:
-                continue
-            try:
-                with self.open(queue_id) as stream:
-                    ascii_only = all(chunk.isascii() for chunk in iter(partial(stream.read, pickup.CHUNK), b""))
-            except startup.UNREADABLE as error:
-                startup.close_unknown(batch, row, f"cannot read active/{queue_id}: {error}")
-                continue
-            if queue_id in self._drops.removed:
-                row.source = None
-            again = bool(row.attempt_open)
-            row.attempts += 1
-            self.begin(batch, Flight(row, partial(self.open, queue_id), ascii_only, again=again))
+            if row is not None and row.state == ACTIVE:
+                self._due.setdefault(row.vhost, deque()).append(queue_id)
+        for vhost in list(self._due):
+            retried = sum(1 for flight in self._flights.values() if flight.original is None)
+            if not self.room or retried >= max(mta.SESSIONS // 2, 1):
+                return
+            if vhost not in self.busy:
+                waiting = self._due.pop(vhost)
+                self._retry_one(batch, waiting.popleft())
+                if waiting:
+                    # Behind the others.
+                    self._due[vhost] = waiting
+
+    def _retry_one(self, batch: Batch, queue_id: str) -> None:
+        row = self._ledger.row(queue_id)
+        if row is None or row.state != ACTIVE or queue_id in self._flights:
+            return
+        try:
+            with self.open(queue_id) as stream:
+                ascii_only = all(chunk.isascii() for chunk in iter(partial(stream.read, pickup.CHUNK), b""))
+        except FileNotFoundError:
+            if row.decision == "release" and os.path.exists(layout.path(self._spool, "hold", queue_id)):
+                startup.place(self._spool, row)
+                self.later(time.time() + MESSAGE_BACKOFF[0], queue_id)
+            else:
+                startup.close_unknown(batch, row, f"active/{queue_id} has gone")
+            return
+        except startup.UNREADABLE as error:
+            # It may be readable later, or by a newer program; nothing is lost by waiting.
+            LOG.error(maillog.unknown(queue_id, row.vhost, f"active/{queue_id} cannot be read now: {error}"))
+            self.later(time.time() + MESSAGE_BACKOFF[1], queue_id)
+            return
+        if queue_id in self._drops.removed:
+            row.source = None
+        again = bool(row.attempt_open)
+        row.attempts += 1
+        self.begin(batch, Flight(row, partial(self.open, queue_id), ascii_only, again=again))
 
     def open(self, queue_id: str) -> BinaryIO:
         """The message of a file in active/. Raises what mailqueue.read() does."""
@@ -119,8 +169,8 @@ class HandOver:
 
     def take_results(self, batch: Batch) -> None:
         """Write down what the senders have said meanwhile."""
-        while not self.senders.results.empty():
-            job, result = self.senders.results.get()
+        while not self._results.empty():
+            job, result = self._results.get()
             flight = self._flights.pop(job.queue_id)
             self.busy.discard(flight.row.vhost)
             if isinstance(result, Unreachable):
@@ -133,7 +183,7 @@ class HandOver:
 
     def _dispatch(self, flight: Flight) -> None:
         row = flight.row
-        recipients = tuple(row.remaining[: mta.RECIPIENTS_PER_TRANSACTION])
+        recipients = tuple(flight.untried[: mta.RECIPIENTS_PER_TRANSACTION])
         self.senders.send(Job(row.queue_id, row.sender, recipients, flight.message, row.size, flight.ascii_only))
 
     def _unreachable(self, batch: Batch, flight: Flight, words: str) -> None:
@@ -144,14 +194,18 @@ class HandOver:
             self._backoff = min(max(self._backoff * 2, first), most)
             self._down_until = time.time() + self._backoff
             LOG.error(maillog.mta_down(words, self._backoff))
-        untouched = row.attempts == 1 and not flight.again and len(row.remaining) == row.recipients
+        # Nothing of this message has ever reached the MTA.
+        untouched = row.attempts == 1 and not flight.again and not flight.answered
         row.attempts -= 1
-        row.attempt_open = int(flight.again)
-        if not flight.inode:
-            row.next_try = self._down_until
+        unclear = any(outcome.kind is Kind.UNKNOWN for outcome in flight.deferred)
+        row.attempt_open = int(flight.again or unclear)
+        if flight.original is None:
+            # A little later than the others, so that a message at which the MTA hangs up is not what finds out again.
+            row.next_try = self._down_until + 1
             batch.put(row)
-            self.later(row.next_try, row.queue_id)
+            batch.then(partial(self.later, row.next_try, row.queue_id))
             return
+        flight.original.close()
         if untouched:
             # S4 -> S3 for a larger one, and the reservation is given back.
             self._account(row.vhost).cancel(row.queue_id)
@@ -165,23 +219,22 @@ class HandOver:
 
     def _outcome(self, batch: Batch, flight: Flight, outcomes: list[Outcome]) -> None:
         row, now = flight.row, time.time()
+        flight.answered = True
         if flight.again:
             flight.again = False
             batch.log_all("retried", row, f"attempt {row.attempts}: the outcome of the last is not known")
             LOG.warning(maillog.again(row.queue_id, row.vhost, row.attempts))
-        if row.limited and row.counted_at is None:
-            row.counted_at = now
-            self._account(row.vhost).confirm(row.queue_id, now, row.recipients)
         sent = [outcome for outcome in outcomes if outcome.kind is Kind.SENT]
-        deferred = [outcome for outcome in outcomes if outcome.kind is Kind.TEMPFAIL]
         failed = [outcome for outcome in outcomes if outcome.kind is Kind.PERMFAIL]
+        deferred = [outcome for outcome in outcomes if outcome.kind in (Kind.TEMPFAIL, Kind.UNKNOWN)]
         if row.deferred_at is not None and now - row.deferred_at > self.give_up:
             failed += [Outcome(o.recipient, Kind.PERMFAIL, f"given up: {o.words}") for o in deferred]
             deferred = []
-        tried = {outcome.recipient for outcome in outcomes}
-        untried = [recipient for recipient in row.remaining if recipient not in tried]
-        row.remaining = untried + [outcome.recipient for outcome in deferred]
+        ended = {outcome.recipient for outcome in sent + failed}
+        row.remaining = [recipient for recipient in row.remaining if recipient not in ended]
         row.refused += [(outcome.recipient, outcome.words) for outcome in failed]
+        flight.deferred += deferred
+        flight.untried = flight.untried[len(outcomes) :]
         if sent:
             actor = (row.actor or "") if row.decision == "release" else ""
             note = f"released by hand: {row.why}".removesuffix(": ") if actor else row.reason
@@ -190,30 +243,35 @@ class HandOver:
         if failed:
             batch.log("failed", row, [(o.recipient, o.words, "") for o in failed])
             LOG.warning(maillog.failed(row.queue_id, row.vhost, len(failed), failed[0].words))
-        if untried:
+        if flight.untried:
             # A server takes so many recipients at a time; the rest of this message follows at once.
             self.begin(batch, flight)
-        elif deferred:
-            self._defer(batch, flight, deferred, now)
+            return
+        if row.limited and row.counted_at is None:
+            row.counted_at = now
+            self._account(row.vhost).confirm(row.queue_id, now, row.recipients)
+        if row.remaining:
+            self._defer(batch, flight, now)
         else:
             self._end(batch, flight)
 
-    def _defer(self, batch: Batch, flight: Flight, deferred: list[Outcome], now: float) -> None:
+    def _defer(self, batch: Batch, flight: Flight, now: float) -> None:
         """S3, S4 or S5 -> S5: only this message waits, in active/."""
-        row = flight.row
+        row, deferred = flight.row, flight.deferred
         if row.deferred_at is None:
             row.deferred_at = now
             batch.log("deferred", row, [(o.recipient, o.words, "") for o in deferred])
         first, most = MESSAGE_BACKOFF
         pause = min(first * 2 ** min(row.attempts - 1, 20), most)
         row.next_try = now + pause
-        row.attempt_open = 0
+        # Without a reply to the final dot the next attempt may make a duplicate, and says so.
+        row.attempt_open = int(any(outcome.kind is Kind.UNKNOWN for outcome in deferred))
         if not os.path.exists(layout.path(self._spool, "active", row.queue_id)):
             self._copy("active", flight, row.remaining)
         batch.put(row)
-        self.later(row.next_try, row.queue_id)
-        if flight.inode:
-            batch.then(partial(self._drops.remove, row, flight.inode))
+        batch.then(partial(self.later, row.next_try, row.queue_id))
+        if flight.original is not None:
+            batch.then(partial(self._drops.remove, row, flight.original))
         LOG.warning(maillog.deferred(row.queue_id, row.vhost, len(deferred), pause, deferred[0].words))
 
     def _end(self, batch: Batch, flight: Flight) -> None:
@@ -224,8 +282,8 @@ class HandOver:
         if row.refused:
             self._copy("failed", flight, [address for address, _ in row.refused])
         batch.put(row)
-        if flight.inode:
-            batch.then(partial(self._drops.remove, row, flight.inode))
+        if flight.original is not None:
+            batch.then(partial(self._drops.remove, row, flight.original))
         batch.then(partial(mailqueue.remove, self._spool, "active", row.queue_id))
 
     def _copy(self, target: str, flight: Flight, recipients: list[str]) -> None:

@@ -74,9 +74,9 @@ CREATE TABLE message (
     why TEXT NOT NULL DEFAULT ''
 );
 CREATE INDEX message_usage ON message (vhost, counted_at) WHERE counted_at IS NOT NULL;
-CREATE INDEX message_unfinished ON message (state, vhost) WHERE state NOT IN ('done', 'unknown');
-CREATE INDEX message_source ON message (source) WHERE source IS NOT NULL;
-CREATE INDEX message_decision ON message (decision) WHERE decision IS NOT NULL AND executed_at IS NULL;
+CREATE INDEX message_unfinished ON message (state, queue_id) WHERE state NOT IN ('done', 'unknown');
+CREATE INDEX message_source ON message (queue_id) WHERE source IS NOT NULL;
+CREATE INDEX message_decision ON message (queue_id) WHERE decision IS NOT NULL AND executed_at IS NULL;
 CREATE TABLE mail_log (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
     node TEXT NOT NULL,
@@ -102,6 +102,9 @@ CREATE TABLE mail_log (
 CREATE INDEX mail_log_queue_id ON mail_log (queue_id);
 CREATE INDEX mail_log_logged_at ON mail_log (logged_at);
 """
+
+# What the partial index on states says; a query repeats it, or the index is not used.
+UNFINISHED = "state NOT IN ('done', 'unknown')"
 
 LOG_COLUMNS = [
     "node",
@@ -212,10 +215,16 @@ class Ledger:
         if found > VERSION:
             raise LedgerError(f"{path}: version {found} is newer than {VERSION}, which this program knows; upgrade it")
         if found == 0:
-            self._db.executescript(
-                f"BEGIN IMMEDIATE; {SCHEMA} INSERT INTO meta VALUES ('node', '{os.urandom(8).hex()}'); "
-                f"PRAGMA user_version = {VERSION}; COMMIT;"
-            )
+            try:
+                self._db.executescript(
+                    f"BEGIN IMMEDIATE; {SCHEMA} INSERT INTO meta VALUES ('node', '{os.urandom(8).hex()}'); "
+                    f"PRAGMA user_version = {VERSION}; COMMIT;"
+                )
+            except sqlite3.OperationalError:
+                # Another process has made it in this moment.
+                if self._db.execute("PRAGMA user_version").fetchone()[0] != VERSION:
+                    raise
+                self._db.execute("ROLLBACK")
             os.chmod(path, 0o600)
 
     def close(self) -> None:
@@ -235,7 +244,8 @@ class Ledger:
     # What the daemon writes, inside a transaction.
 
     def put(self, row: Row) -> None:
-        """Write ROW, new or known. A decision that the command has recorded meanwhile is not in ROW's hands."""
+        """Write ROW, new or known. The command writes to held and trashed rows only, and the daemon puts these only to
+        carry out what it has read there."""
         values = {name: getattr(row, name) for name in _COLUMNS}
         for name in _JSON:
             values[name] = json.dumps(values[name])
@@ -265,9 +275,11 @@ class Ledger:
 
     # What the daemon reads.
 
-    def rows(self, where: str, *values: object) -> list[Row]:
-        """The messages that the SQL condition WHERE picks, by queue id."""
-        sql = f"SELECT {', '.join(_COLUMNS)} FROM message WHERE {where} ORDER BY queue_id"
+    def rows(self, where: str, *values: object, most: int = -1) -> list[Row]:
+        """The messages that the SQL condition WHERE picks, by queue id; no more than MOST where given."""
+        if "state =" in where:
+            where = f"{where} AND {UNFINISHED}"
+        sql = f"SELECT {', '.join(_COLUMNS)} FROM message WHERE {where} ORDER BY queue_id LIMIT {most}"
         return [_row(found) for found in self._db.execute(sql, values)]
 
     def row(self, queue_id: str) -> Row | None:
@@ -276,12 +288,12 @@ class Ledger:
 
     def queue_ids(self, *states: str) -> list[str]:
         """The messages in any of STATES."""
-        sql = f"SELECT queue_id FROM message WHERE state IN ({', '.join('?' * len(states))})"
+        sql = f"SELECT queue_id FROM message WHERE state IN ({', '.join('?' * len(states))}) AND {UNFINISHED}"
         return [found[0] for found in self._db.execute(sql, states)]
 
-    def decided(self) -> list[Row]:
-        """Messages with a decision that is not carried out yet."""
-        return self.rows("decision IS NOT NULL AND executed_at IS NULL")
+    def decided(self, most: int) -> list[Row]:
+        """MOST messages with a decision that is not carried out yet."""
+        return self.rows("decision IS NOT NULL AND executed_at IS NULL", most=most)
 
     def usage(self, vhost: str, since: float) -> list[tuple[float, int]]:
         """(stamp, recipients) of what VHOST sent after SINCE, in order of time."""
@@ -290,7 +302,10 @@ class Ledger:
 
     def reserved(self, vhost: str) -> list[tuple[str, int]]:
         """(queue id, recipients) of VHOST's messages that are under way and count as now."""
-        sql = "SELECT queue_id, recipients FROM message WHERE vhost = ? AND state = 'active' AND limited AND counted_at IS NULL"
+        sql = (
+            "SELECT queue_id, recipients FROM message WHERE state = 'active' AND vhost = ? AND limited AND counted_at IS NULL "
+            f"AND {UNFINISHED}"
+        )
         return [(found[0], found[1]) for found in self._db.execute(sql, (vhost,))]
 
     # What the command uses.
@@ -314,7 +329,7 @@ class Ledger:
         waits = "executed_at IS NULL"
         if decision == "release":
             waits = "(executed_at IS NULL OR state = 'active' AND deferred_at IS NULL)"
-        sql = f"SELECT queue_id FROM message WHERE state IN ('held', 'trashed', 'active') AND decision = ? AND {waits}"
+        sql = f"SELECT queue_id FROM message WHERE {UNFINISHED} AND decision = ? AND {waits}"
         return [found[0] for found in self._db.execute(sql, (decision,))]
 
     def counts(self) -> dict[str, int]:
@@ -323,7 +338,7 @@ class Ledger:
         return {found[0]: found[1] for found in self._db.execute(sql)}
 
     def held_by_vhost(self) -> dict[str, int]:
-        sql = "SELECT vhost, count(*) FROM message WHERE state = 'held' GROUP BY vhost"
+        sql = f"SELECT vhost, count(*) FROM message WHERE state = 'held' AND {UNFINISHED} GROUP BY vhost"
         return {found[0]: found[1] for found in self._db.execute(sql)}
 
     def log_rows(self, where: str, values: list[object], last: int | None) -> Iterator[dict[str, Any]]:

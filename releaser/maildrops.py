@@ -1,5 +1,6 @@
 """All maildrops: which have mail, whose turn it is, what was taken from them, their bells and policies."""
 
+import errno
 import os
 import time
 from collections import deque
@@ -27,6 +28,8 @@ class Maildrop:
     # Whether it waits for its turn.
     waiting: bool = False
     listed_ns: int = 0
+    # Of new/: another one means that the vhost was removed and made again.
+    inode: int = 0
     # Taken up and not yet removed from new/: never listed again, or they would be decided twice.
     taken: set[bytes] = field(default_factory=set)
     # Names already complained about.
@@ -54,20 +57,26 @@ class Maildrops:
 
     def scan(self) -> None:
         """Look at every maildrop, also those made since the last time, whether or not a bell was heard."""
-        found = {name for name in os.listdir(f"{self._spool}/vhosts") if layout.is_vhost(name)}
+        with os.scandir(f"{self._spool}/vhosts") as entries:
+            found = {e.name for e in entries if layout.is_vhost(e.name) and e.is_dir(follow_symlinks=False)}
         for vhost in self._drops.keys() - found:
             self._forget(vhost)
         for vhost in found:
-            drop = self._drops.get(vhost) or self._add(vhost)
-            if not os.path.exists(f"{layout.maildrop(self._spool, vhost)}/policy"):
-                self._write_policy(vhost, drop)
             try:
-                changed = os.stat(f"{layout.maildrop(self._spool, vhost)}/new").st_mtime_ns
+                status = os.stat(f"{layout.maildrop(self._spool, vhost)}/new")
             except OSError as error:
                 LOG.error(maillog.left(vhost, "new", str(error)))
                 continue
+            drop = self._drops.get(vhost)
+            if drop is not None and drop.inode != status.st_ino:
+                self._forget(vhost)
+                drop = None
+            if drop is None:
+                drop = self._add(vhost, status.st_ino)
+            if not os.path.exists(f"{layout.maildrop(self._spool, vhost)}/policy"):
+                self._write_policy(vhost, drop)
             # A file can arrive in the same tick of the clock as the last listing, hence the two seconds.
-            if changed + 2_000_000_000 > drop.listed_ns or drop.left:
+            if status.st_mtime_ns + 2_000_000_000 > drop.listed_ns or drop.left:
                 self._mark(vhost, drop)
         if time.time() >= self._next_cleaning:
             self._next_cleaning = time.time() + CLEANING
@@ -114,7 +123,9 @@ class Maildrops:
 
     def leave(self, vhost: str, name: bytes, reason: str, trace: bool = False) -> None:
         """NAME stays in new/ and is looked at again with the next scan; say so once."""
-        drop = self._drops[vhost]
+        drop = self._drops.get(vhost)
+        if drop is None:
+            return
         drop.taken.discard(name)
         if name not in drop.left:
             drop.left.add(name)
@@ -124,22 +135,31 @@ class Maildrops:
         """The file in new/ that ROW was read from."""
         return f"{layout.maildrop(self._spool, row.vhost)}/new/{row.source}"
 
-    def remove(self, row: Row, inode: int) -> None:
+    def remove(self, row: Row, original: pickup.Submitted) -> None:
         """Unlink new/NAME, if it is still the file that was read; durable outcomes make doing it again harmless."""
         if row.source is None:
             return
+        key = row.vhost, row.source
+        there = original.is_at(self.path(row))
         try:
-            if os.lstat(self.path(row)).st_ino == inode:
+            if there:
                 os.unlink(self.path(row))
-        except FileNotFoundError:
-            pass
+            elif not os.path.isdir(os.path.dirname(self.path(row))):
+                raise FileNotFoundError(errno.ENOENT, "its maildrop is not there")
         except OSError as error:
-            # It stays taken, and known to the ledger: never sent again.
+            # It stays known: when it is met again, it is only removed.
+            self.known[key] = row
             LOG.error(maillog.left(row.vhost, row.source, f"cannot be removed: {error.strerror}"))
             return
-        self.known.pop((row.vhost, row.source), None)
-        if row.vhost in self._drops:
-            self._drops[row.vhost].taken.discard(row.source.encode())
+        finally:
+            original.close()
+        self.known.pop(key, None)
+        drop = self._drops.get(row.vhost)
+        if drop is not None:
+            drop.taken.discard(row.source.encode())
+            if not there:
+                # Another file may have its name.
+                self._mark(row.vhost, drop)
         self.removed.append(row.queue_id)
         row.source = None
 
@@ -147,8 +167,8 @@ class Maildrops:
         for vhost, drop in self._drops.items():
             self._write_policy(vhost, drop)
 
-    def _add(self, vhost: str) -> Maildrop:
-        drop = self._drops[vhost] = Maildrop(bell=policy.bell(self._spool, vhost))
+    def _add(self, vhost: str, inode: int) -> Maildrop:
+        drop = self._drops[vhost] = Maildrop(bell=policy.bell(self._spool, vhost), inode=inode)
         if drop.bell is None:
             LOG.warning(maillog.left(vhost, "policy", "no bell: mail is found by scanning only; run: secure-sendmail check"))
         else:

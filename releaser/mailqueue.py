@@ -27,11 +27,12 @@ def store(spool: str, queue: str, queue_id: str, head: bytes, chunks: Iterable[b
             stream.flush()
             os.fsync(stream.fileno())
         os.rename(partial, layout.path(spool, queue, queue_id))
+        sync_directory(f"{spool}/{queue}")
     except BaseException:
-        if os.path.exists(partial):
-            os.unlink(partial)
+        for path in (partial, layout.path(spool, queue, queue_id)):
+            if os.path.exists(path):
+                os.unlink(path)
         raise
-    sync_directory(f"{spool}/{queue}")
     return size, ascii_only
 
 

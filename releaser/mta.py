@@ -1,4 +1,4 @@
-"""Hand-over to the MTA: SMTP sessions, or a maildir, each in a thread of its own that touches neither spool nor ledger."""
+"""Hand-over to the MTA: SMTP sessions, or a maildir, each in a thread of its own that only reads the message it is given."""
 
 import os
 import queue
@@ -23,6 +23,9 @@ IDLE = 5
 # Seconds to wait for a connection, a reply, and the reply to the final dot (RFC 5321 section 4.5.3.2).
 CONNECT_TIMEOUT, REPLY_TIMEOUT, DOT_TIMEOUT = 30, 300, 600
 
+# No other chunk is the same, since a line of one dot has two on the wire.
+FINAL_DOT = b".\r\n"
+
 _QUEUED = re.compile(r"queued as ([0-9A-Za-z]+)|\bid=([0-9A-Za-z-]+)")
 
 
@@ -30,6 +33,8 @@ class Kind(Enum):
     SENT = "sent"
     TEMPFAIL = "tempfail"
     PERMFAIL = "permfail"
+    # The final dot went out and no reply came back.
+    UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,10 @@ class SmtpSession:
         self._learn_size = learn_size
         self._smtp: smtplib.SMTP | None = None
         self._sent = 0
+        self._dot_sent = False
 
     def send(self, job: Job) -> list[Outcome]:
+        self._dot_sent = False
         if self._sent >= MESSAGES_PER_SESSION:
             self.close()
         smtp, code, words = self._mail(job)
@@ -86,8 +93,9 @@ class SmtpSession:
                 _all(job.recipients, code, words, outcomes)
         except (smtplib.SMTPException, OSError, ValueError) as error:
             # Before the final dot nothing was accepted; behind it nobody knows. Either way it is tried again.
+            kind = Kind.UNKNOWN if self._dot_sent else Kind.TEMPFAIL
             for recipient in job.recipients:
-                outcomes.setdefault(recipient, Outcome(recipient, Kind.TEMPFAIL, _words(error)))
+                outcomes.setdefault(recipient, Outcome(recipient, kind, _words(error)))
         self._sent += 1
         if any(outcome.kind is not Kind.SENT for outcome in outcomes.values()):
             # After any error a new session, so that no state of this one meets the next message.
@@ -173,6 +181,7 @@ class SmtpSession:
         if code == 354:
             with job.message() as stream:
                 for chunk in on_the_wire(stream):
+                    self._dot_sent = chunk == FINAL_DOT
                     _socket(smtp).sendall(chunk)
             _socket(smtp).settimeout(DOT_TIMEOUT)
             code, reply = smtp.getreply()
@@ -219,12 +228,16 @@ class MaildirSession:
         pass
 
 
+Results = queue.SimpleQueue[tuple[Job, list[Outcome] | Unreachable]]
+
+
 class Senders:
     """SESSIONS threads, each with one session; jobs go in, (job, outcomes or Unreachable) come out."""
 
-    def __init__(self, url: str, wake: Callable[[], None]) -> None:
+    def __init__(self, url: str, wake: Callable[[], None], results: "Results") -> None:
+        """RESULTS outlives a change of the MTA, when the old senders still end what they have begun."""
         self.url = url
-        self.results: queue.SimpleQueue[tuple[Job, list[Outcome] | Unreachable]] = queue.SimpleQueue()
+        self._results = results
         # What the MTA announces with SIZE; 0: no limit known.
         self.max_size = 0
         self._wake = wake
@@ -237,9 +250,11 @@ class Senders:
         self._jobs.put(job)
 
     def stop(self) -> None:
-        """End the threads when their jobs are done."""
+        """Let the threads end when their jobs are done."""
         for _ in self._threads:
             self._jobs.put(None)
+
+    def join(self) -> None:
         for thread in self._threads:
             thread.join()
 
@@ -274,7 +289,7 @@ class Senders:
                 session.close()
                 words = f"internal error: {error!r}"
                 result = [Outcome(recipient, Kind.TEMPFAIL, words) for recipient in job.recipients]
-            self.results.put((job, result))
+            self._results.put((job, result))
             self._wake()
 
 
@@ -295,7 +310,7 @@ def on_the_wire(stream: BinaryIO) -> Iterator[bytes]:
             chunk = b"." + chunk
         line_start = chunk.endswith(b"\n")
         yield chunk.replace(b"\n.", b"\n..").replace(b"\n", b"\r\n")
-    yield b".\r\n"
+    yield FINAL_DOT
 
 
 def _all(recipients: Iterable[str], code: int, words: str, outcomes: dict[str, Outcome]) -> None:

@@ -1,5 +1,6 @@
 """Reading the maildrop: look before believing, read once, hand on the bytes as they will be sent."""
 
+import errno
 import hashlib
 import os
 import stat
@@ -40,10 +41,11 @@ class Submitted:
             self._fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
             raise
-        except BlockingIOError:
-            raise NotYet("the file is locked by a lease") from None
         except OSError as error:
-            raise Corrupt(f"cannot be opened: {error.strerror}") from None
+            # What the file itself is cannot pass; anything else, too many open files for example, does.
+            if error.errno in (errno.ELOOP, errno.ENXIO, errno.EACCES, errno.EPERM):
+                raise Corrupt(f"cannot be opened: {error.strerror}") from None
+            raise NotYet(f"cannot be opened now: {error.strerror}") from None
         try:
             self.status = os.fstat(self._fd)
             self._judge(claimed, owners, max_size)
@@ -59,7 +61,8 @@ class Submitted:
         if self.status.st_uid not in owners:
             raise Corrupt(f"owned by uid {self.status.st_uid}, which may not submit as {self.vhost}")
         if self.status.st_size > max_size + envelope.MAX_ENVELOPE:
-            raise Corrupt(f"larger than max_message_size ({self.status.st_size} bytes)")
+            # It may have been accepted under another limit: it is not lost, and its owner's quota pays for it.
+            raise NotYet(f"larger than max_message_size ({self.status.st_size} bytes); raise that, or remove the file")
         if self.status.st_size != claimed:
             # The change time, which the owner cannot set.
             if time.time() - self.status.st_ctime < layout.INCOMPLETE_MAX_AGE:
@@ -103,15 +106,21 @@ class Submitted:
 
     def same_bytes(self, digest: str) -> bool:
         """Whether the file has this digest; reads all of it, chunks() can still be read afterwards."""
-        whole = hashlib.sha256()
-        position = 0
-        while chunk := os.pread(self._fd, CHUNK, position):
-            whole.update(chunk)
-            position += len(chunk)
-        return whole.hexdigest() == digest
+        return _digest(self._fd, self.status.st_size) == digest
+
+    def is_at(self, path: str) -> bool:
+        """Whether PATH is still this file: its inode is not used again while it is open."""
+        try:
+            status = os.lstat(path)
+        except FileNotFoundError:
+            return False
+        return (status.st_dev, status.st_ino) == (self.status.st_dev, self.status.st_ino)
 
     def close(self) -> None:
-        os.close(self._fd)
+        """Close the file; once is enough."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def _raw(self) -> Iterator[bytes]:
         left = self.status.st_size
@@ -122,6 +131,30 @@ class Submitted:
             self._digest.update(chunk)
             left -= len(chunk)
             yield chunk
+
+
+def is_same(path: str, digest: str) -> bool:
+    """Whether the file in new/ at PATH is whole, by its name, and has DIGEST."""
+    claimed = layout.submitted_size(os.path.basename(os.fsencode(path)))
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        status = os.fstat(fd)
+        return stat.S_ISREG(status.st_mode) and status.st_size == claimed and _digest(fd, claimed) == digest
+    finally:
+        os.close(fd)
+
+
+def _digest(fd: int, size: int) -> str:
+    """SHA-256 of the first SIZE bytes: a file may grow while it is read."""
+    whole = hashlib.sha256()
+    position = 0
+    while position < size and (chunk := os.pread(fd, min(CHUNK, size - position), position)):
+        whole.update(chunk)
+        position += len(chunk)
+    return whole.hexdigest()
 
 
 def _after(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:

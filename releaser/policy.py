@@ -49,5 +49,6 @@ def _read(spool: str, vhost: str) -> bytes:
     try:
         with open(f"{layout.maildrop(spool, vhost)}/policy", "rb") as stream:
             return stream.read(65536)
-    except FileNotFoundError:
+    except OSError:
+        # What cannot be read is written again, or said when that fails.
         return b""

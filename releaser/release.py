@@ -15,13 +15,14 @@ from releaser import envelope, layout, ledger, limits, maillog, mailqueue, picku
 from releaser.batch import Batch
 from releaser.config import Config, VhostSettings
 from releaser.handover import Flight, HandOver
-from releaser.ledger import ACTIVE, CORRUPT, HELD, TRASHED, Ledger, Row
+from releaser.ledger import ACTIVE, HELD, TRASHED, Ledger, Row
 from releaser.maildrops import Maildrops
 from releaser.maillog import LOG
-from releaser.mta import Senders
 
 # At most so many messages, and so many decisions, in one round.
 ROUND = 100
+# Other vhosts' mail waits no longer than this, and one message, for the mail of one that is held.
+ROUND_SECONDS = 0.05
 
 
 class Releaser:
@@ -31,12 +32,10 @@ class Releaser:
         """WAKE is called, from any thread, when there is something for step() to do."""
         self.config = config
         self._ledger = book
-        self._wake = wake
         self._spool = config.spool
         self._accounts: dict[str, limits.Account] = {}
         self._drops = Maildrops(config.spool, self._policy)
-        senders = Senders(config.mta_url, wake)
-        self._handover = HandOver(config.spool, book, self._drops, self._account, senders, config.give_up)
+        self._handover = HandOver(config.spool, book, self._drops, self._account, wake, config.mta_url, config.give_up)
         self._announced_size = 0
         self._decisions_wait = True
         self._next_scan = 0.0
@@ -57,6 +56,7 @@ class Releaser:
         self._next_scan = time.time() + layout.SCAN_INTERVAL
         self._decisions_wait = True
         self._drops.scan()
+        self._close_vanished()
 
     def rung(self, bells: set[str]) -> None:
         """Look at what BELLS stand for."""
@@ -67,9 +67,7 @@ class Releaser:
     def reload(self, config: Config) -> None:
         """Let CONFIG decide from now on; the usage of the windows comes from the ledger again."""
         if config.mta_url != self.config.mta_url:
-            self.finish()
-            self._handover.senders.stop()
-            self._handover.use(Senders(config.mta_url, self._wake))
+            self._handover.use(config.mta_url)
         self.config = config
         self._handover.give_up = config.give_up
         self._accounts = {}
@@ -115,6 +113,7 @@ class Releaser:
         """Finish, and end the senders."""
         self.finish()
         self._handover.senders.stop()
+        self._handover.senders.join()
 
     def _pause(self) -> float:
         now = time.time()
@@ -139,7 +138,10 @@ class Releaser:
 
     def _pick_up(self, batch: Batch) -> None:
         """Decide messages, the vhosts in turn, until the senders have enough to do or the round is full."""
+        until = time.monotonic() + ROUND_SECONDS
         for _ in range(ROUND):
+            if time.monotonic() > until:
+                return
             found = self._drops.next(self._handover.busy) if self._handover.room else None
             if found is None:
                 return
@@ -165,16 +167,17 @@ class Releaser:
         self._drops.take(vhost, name)
         try:
             self._decide(batch, submitted, settings)
-        finally:
+        except BaseException:
             submitted.close()
+            raise
 
     def _decide(self, batch: Batch, submitted: pickup.Submitted, settings: VhostSettings) -> None:
         key = submitted.vhost, submitted.name.decode()
         known = self._drops.known.get(key)
         if known is not None and submitted.same_bytes(known.digest):
-            if known.state != ACTIVE or known.deferred_at is not None:
-                # The unlink that a crash, or the file system, has prevented.
-                batch.then(partial(self._drops.remove, known, submitted.status.st_ino))
+            if known.state != ACTIVE or known.deferred_at is not None or known.decision is not None:
+                # The unlink that the file system has prevented.
+                batch.then(partial(self._drops.remove, known, submitted))
                 return
             known.attempts += 1
             self._send(batch, known, submitted, again=bool(known.attempt_open))
@@ -238,12 +241,27 @@ class Releaser:
     def _replaced(self, batch: Batch, known: Row) -> None:
         """Another message has the name of one that the ledger knows: that one has gone."""
         self._drops.known.pop((known.vhost, known.source or ""))
-        if known.state == ACTIVE and known.deferred_at is None:
-            startup.close_unknown(batch, known, "another message has its name")
-            # The account is built again, with this message counted.
-            self._accounts.pop(known.vhost, None)
+        if known.state == ACTIVE and known.deferred_at is None and known.decision is None:
+            self._close(batch, known, "another message has its name")
         else:
             self._drops.removed.append(known.queue_id)
+
+    def _close(self, batch: Batch, row: Row, reason: str) -> None:
+        """End an attempt whose message has gone; it counts from now on."""
+        account, reserved = self._account(row.vhost), row.limited and row.counted_at is None
+        startup.close_unknown(batch, row, reason)
+        if reserved:
+            account.confirm(row.queue_id, row.counted_at or time.time(), row.recipients)
+
+    def _close_vanished(self) -> None:
+        """Open attempts of an earlier run whose file its owner has removed before it was read again."""
+        batch = Batch(self._ledger)
+        for key, row in list(self._drops.known.items()):
+            open_attempt = row.state == ACTIVE and row.deferred_at is None and row.decision is None
+            if open_attempt and not self._handover.flies(row.queue_id) and not os.path.lexists(self._drops.path(row)):
+                self._drops.known.pop(key)
+                self._close(batch, row, "its file has gone")
+        self._commit(batch)
 
     def _hold(self, batch: Batch, row: Row, submitted: pickup.Submitted, reason: str) -> None:
         """S3 -> S6."""
@@ -251,19 +269,18 @@ class Releaser:
         self._store(row, submitted, "hold")
         batch.put(row)
         batch.log_all("held", row, reason)
-        batch.then(partial(self._drops.remove, row, submitted.status.st_ino))
+        batch.then(partial(self._drops.remove, row, submitted))
         LOG.warning(maillog.held(row.queue_id, row.vhost, row.recipients, reason))
 
     def _send(self, batch: Batch, row: Row, submitted: pickup.Submitted, again: bool = False) -> None:
         """Begin an attempt. A small message needs no copy on disk; a larger one is copied first: S3 -> S4."""
-        inode = submitted.status.st_ino
         if submitted.small:
             data = b"".join(self._chunks(submitted, row))
             row.size, row.digest = len(data), submitted.digest()
-            flight = Flight(row, partial(io.BytesIO, data), data.isascii(), inode, again)
+            flight = Flight(row, partial(io.BytesIO, data), data.isascii(), submitted, again)
         else:
             ascii_only = self._store(row, submitted, "active")
-            flight = Flight(row, partial(self._handover.open, row.queue_id), ascii_only, inode, again)
+            flight = Flight(row, partial(self._handover.open, row.queue_id), ascii_only, submitted, again)
         self._handover.begin(batch, flight)
 
     def _store(self, row: Row, submitted: pickup.Submitted, target: str) -> bool:
@@ -292,14 +309,7 @@ class Releaser:
         except OSError as error:
             self._drops.leave(vhost, name, f"{reason}; cannot be moved to corrupt/: {error.strerror}")
             return
-        row = Row(
-            queue_id=queue_id, vhost=vhost, state=CORRUPT, source=None, digest="", recipients=0, remaining=[], sender="",
-            size=status.st_size, arrived_at=ledger.utc(status.st_ctime), picked_up_at=ledger.utc(time.time()),
-            uid=status.st_uid, verified=1, message_id="", subject="", script="", cwd="", reason=f"{reason}; name {shown}",
-            refused=[], limited=0,
-        )  # fmt: skip
-        batch.put(row)
-        batch.log("corrupt", row, [("", row.reason, "")])
+        startup.corrupt(batch, queue_id, vhost, status, f"{reason}; name {shown}")
         LOG.warning(maillog.corrupt(queue_id, vhost, shown, reason))
 
     # Decisions of a person: S7 -> S5, S7 -> S11, S11 -> S7.
@@ -307,9 +317,9 @@ class Releaser:
     def _carry_out_decisions(self, batch: Batch) -> None:
         if not self._decisions_wait:
             return
-        decided = self._ledger.decided()
-        self._decisions_wait = len(decided) > ROUND
-        for row in decided[:ROUND]:
+        decided = self._ledger.decided(ROUND)
+        self._decisions_wait = len(decided) == ROUND
+        for row in decided:
             decision, actor = row.decision or "", row.actor or ""
             row.executed_at = ledger.utc(time.time())
             batch.then(partial(startup.place, self._spool, row))

@@ -5,9 +5,9 @@ import os
 import time
 from dataclasses import dataclass, field
 
-from releaser import envelope, layout, maillog, mailqueue
+from releaser import envelope, layout, maillog, mailqueue, pickup
 from releaser.batch import Batch
-from releaser.ledger import ACTIVE, FAILED, HELD, TRASHED, UNKNOWN, Ledger, Row, utc
+from releaser.ledger import ACTIVE, CORRUPT, DONE, FAILED, HELD, TRASHED, UNKNOWN, Ledger, Row, utc
 from releaser.maillog import LOG
 
 UNREADABLE = (OSError, envelope.NoLayout, envelope.NewerLayout)
@@ -17,7 +17,7 @@ UNREADABLE = (OSError, envelope.NoLayout, envelope.NewerLayout)
 class TakenUp:
     """What is to be gone on with."""
 
-    # By vhost and name in new/: open attempts, and outcomes whose file is still to be removed.
+    # By vhost and name in new/: open attempts, and outcomes whose file could not be removed.
     known: dict[tuple[str, str], Row] = field(default_factory=dict)
     # Queue ids whose file in new/ has gone without the ledger knowing.
     removed: list[str] = field(default_factory=list)
@@ -29,6 +29,7 @@ def take_up(spool: str, book: Ledger) -> TakenUp:
     """Bring SPOOL and BOOK to agree. Before anything else runs on either."""
     mailqueue.remove_partial(spool)
     _adopt(spool, book)
+    _adopt_corrupt(spool, book)
     _remove_unrecorded_failures(spool, book)
     _move_into_place(spool, book)
     return _unfinished(spool, book)
@@ -73,8 +74,10 @@ def _adopt_one(spool: str, book: Ledger, name: str, queue_id: str) -> None:
         begin = stream.tell()
         size = stream.seek(0, io.SEEK_END) - begin
     original = bool(found.source) and os.path.lexists(f"{layout.maildrop(spool, found.vhost)}/new/{found.source}")
-    if original or book.row(queue_id) is not None:
-        # The original is still in new/, or the message has ended: the copy is a leftover.
+    recorded = book.row(queue_id)
+    ended = recorded is not None and recorded.state in (DONE, FAILED)
+    if ended or (original and recorded is None):
+        # The message has ended, or its original is still in new/: the copy is a leftover.
         mailqueue.remove(spool, name, queue_id)
         return
     if name != "hold":
@@ -113,27 +116,53 @@ def _unfinished(spool: str, book: Ledger) -> TakenUp:
     """Open attempts: those with a copy in active/ are tried again, those whose file has gone are closed, still counted."""
     found = TakenUp()
     batch = Batch(book)
-    for row in book.rows("source IS NOT NULL AND state != 'active'"):
-        if os.path.lexists(_new(spool, row)):
-            found.known[row.vhost, row.source or ""] = row
-        else:
-            found.removed.append(row.queue_id)
+    for row in book.rows("source IS NOT NULL"):
+        if row.state == ACTIVE and row.deferred_at is None and row.decision is None:
+            continue
+        # The outcome is durable, the unlink behind it was not.
+        if pickup.is_same(_new(spool, row), row.digest):
+            try:
+                os.unlink(_new(spool, row))
+            except OSError as error:
+                LOG.error(maillog.left(row.vhost, row.source or "", f"cannot be removed: {error.strerror}"))
+                found.known[row.vhost, row.source or ""] = row
+                continue
+        found.removed.append(row.queue_id)
     for row in book.rows("state = 'active'"):
-        in_new = row.source is not None and os.path.lexists(_new(spool, row))
-        if in_new:
-            found.known[row.vhost, row.source or ""] = row
         if row.decision == "release" and not os.path.exists(layout.path(spool, "active", row.queue_id)):
             place(spool, row)
         copied = os.path.exists(layout.path(spool, "active", row.queue_id))
-        if in_new and row.deferred_at is None and row.decision is None:
+        first = row.source is not None and row.deferred_at is None and row.decision is None
+        if first and pickup.is_same(_new(spool, row), row.digest):
             # S4 -> S3: it is read again from new/, and the copy of a larger message is made again.
             mailqueue.remove(spool, "active", row.queue_id)
+            found.known[row.vhost, row.source or ""] = row
         elif copied:
             found.retries.append((row.next_try or 0.0, row.queue_id))
         else:
             close_unknown(batch, row, "its file has gone")
     batch.commit()
     return found
+
+
+def _adopt_corrupt(spool: str, book: Ledger) -> None:
+    """Files in corrupt/ without a row: a crash came between the rename and the commit."""
+    batch = Batch(book)
+    for queue_id in set(mailqueue.listing(spool, "corrupt")) - set(book.queue_ids(CORRUPT)):
+        status = os.lstat(layout.path(spool, "corrupt", queue_id))
+        corrupt(batch, queue_id, "", status, "found without a record")
+    batch.commit()
+
+
+def corrupt(batch: Batch, queue_id: str, vhost: str, status: os.stat_result, reason: str) -> None:
+    """Record a file that was moved to corrupt/."""
+    row = Row(
+        queue_id=queue_id, vhost=vhost, state=CORRUPT, source=None, digest="", recipients=0, remaining=[], sender="",
+        size=status.st_size, arrived_at=utc(status.st_ctime), picked_up_at=utc(time.time()), uid=status.st_uid,
+        verified=1, message_id="", subject="", script="", cwd="", reason=reason, refused=[], limited=0,
+    )  # fmt: skip
+    batch.put(row)
+    batch.log("corrupt", row, [("", reason, "")])
 
 
 def _new(spool: str, row: Row) -> str:

@@ -9,7 +9,7 @@ import click
 from releaser import layout, mailqueue, policy
 from releaser.cli import output
 from releaser.cli.context import Context, json_option, pass_context
-from releaser.ledger import FAILED, HELD, TRASHED
+from releaser.ledger import CORRUPT, FAILED, HELD, TRASHED
 
 
 @click.command()
@@ -76,7 +76,7 @@ def _bells(context: Context, names: list[str]) -> list[str]:
 
 def _index(context: Context) -> list[str]:
     found = []
-    for state, queue in ((HELD, "hold"), (TRASHED, "trash"), (FAILED, "failed")):
+    for state, queue in ((HELD, "hold"), (TRASHED, "trash"), (FAILED, "failed"), (CORRUPT, "corrupt")):
         known, files = set(context.ledger.queue_ids(state)), set(mailqueue.listing(context.spool, queue))
         # A decision that is being carried out shows here for an instant.
         for queue_id in sorted(known - files):

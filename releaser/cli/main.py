@@ -1,5 +1,6 @@
 """secure-sendmail: its verbs, and what each kind of failure exits with."""
 
+import io
 import os
 import sqlite3
 import sys
@@ -38,14 +39,24 @@ def main() -> None:
 
 def run(words: list[str]) -> int:
     """Carry out WORDS; return the exit status."""
-    # Names and arguments may hold bytes that are no UTF-8; what is printed must never end in a traceback.
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    _hold_standard_streams()
+    for word in words:
+        if not word.isprintable() and any("\ud800" <= character <= "\udfff" for character in word):
+            output.complain(f"{word[:80]!r} is not UTF-8")
+            return os.EX_USAGE
     try:
-        result = secure_sendmail.main(words, prog_name="secure-sendmail", standalone_mode=False)
-        return result if isinstance(result, int) else 0
+        with secure_sendmail.make_context("secure-sendmail", list(words)) as context:
+            secure_sendmail.invoke(context)
+            sys.stdout.flush()
+        return 0
+    except click.exceptions.Exit as end:
+        return end.exit_code
     except click.UsageError as error:
-        output.complain(error.format_message())
+        if type(error).__name__ == "NoArgsIsHelpError":
+            # Its text is the help, in several lines of our own.
+            print(error.format_message(), file=sys.stderr)
+        else:
+            output.complain(error.format_message())
         return os.EX_USAGE
     except click.Abort:
         output.complain("nothing was done")
@@ -60,6 +71,16 @@ def run(words: list[str]) -> int:
     except (Failed, LedgerError, OSError, sqlite3.Error) as error:
         output.complain(str(error))
         return 1
+
+
+def _hold_standard_streams() -> None:
+    """Where the caller has closed one, it is /dev/null; and what is printed never ends in a traceback."""
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,11 @@ def table(columns: list[str], rows: Iterable[list[object]], empty: str) -> None:
         count += 1
         made.add_row(*[Text(visible(str(value))) for value in row])
     if count:
-        console().print(made)
+        screen = console()
+        # Written by us: rich ends the process where the reader has had enough.
+        with screen.capture() as capture:
+            screen.print(made)
+        sys.stdout.write(capture.get())
     else:
         say(empty)
 

@@ -1,6 +1,5 @@
 """secure-sendmail status, limits, log: what is going on."""
 
-import os
 import time
 from typing import Any
 
@@ -11,7 +10,7 @@ from releaser.cli import output
 from releaser.cli.context import Context, json_option, pass_context
 from releaser.cli.select import Filters, filters
 from releaser.cli.vhost import queued
-from releaser.ledger import ACTIVE, FAILED, HELD
+from releaser.ledger import ACTIVE, CORRUPT, FAILED, HELD
 
 
 @click.command()
@@ -28,7 +27,7 @@ def status(context: Context, as_json: bool) -> None:
         "active": counts.get(ACTIVE, 0),
         "held": counts.get(HELD, 0),
         "failed": counts.get(FAILED, 0),
-        "corrupt": len(os.listdir(f"{context.spool}/corrupt")),
+        "corrupt": counts.get(CORRUPT, 0),
         # Without a [mysql] section the ledger keeps the log itself, and nothing waits.
         "outbox": 0,
         "observe": [name for name in names if context.config.vhost(name).over_limit == "observe"],
@@ -75,7 +74,7 @@ def limits_show(context: Context, name: str, as_json: bool) -> None:
 @click.command("log")
 @filters
 @click.option("--event", metavar="NAME", help="Only this event: released, held, deferred, failed, deleted, …")
-@click.option("--last", type=click.IntRange(1), metavar="N", help="Only the last N rows.")
+@click.option("--last", type=click.IntRange(1, 10**9), metavar="N", help="Only the last N rows.")
 @json_option
 @pass_context
 def log_(context: Context, chosen: Filters, event: str | None, last: int | None, as_json: bool) -> None:

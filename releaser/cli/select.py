@@ -11,6 +11,9 @@ import click
 from releaser import config, layout
 from releaser.ledger import utc
 
+# The last one of the year 9999.
+LAST_SECOND = 253_402_300_799
+
 
 @dataclass(frozen=True)
 class Filters:
@@ -108,6 +111,7 @@ def _time(_context: click.Context, _parameter: click.Parameter, value: str | Non
     except ValueError:
         pass
     try:
-        return datetime.fromisoformat(value).timestamp()
-    except ValueError:
+        # Times compare as text, which holds for years of four digits.
+        return min(max(datetime.fromisoformat(value).timestamp(), 0), LAST_SECOND)
+    except (ValueError, OverflowError):
         raise click.BadParameter(f"{value!r} is neither a time such as 2026-05-01T14:00 nor a span such as 2h") from None

@@ -1,6 +1,7 @@
 """secure-sendmail vhost: the maildrops. In private mode, where one uid owns everything and submits."""
 
 import os
+import shlex
 import shutil
 import sys
 
@@ -45,7 +46,7 @@ def add(context: Context, name: str) -> None:
     os.rename(staging, target)
     context.ring()
     output.say(f"made {target}")
-    output.say(f'sendmail_path = "{_enqueue()} --spool {settings.spool} {name} -t -i"')
+    output.say(f'php_admin_value sendmail_path "{shlex.join([_enqueue(), "--spool", settings.spool, name])} -t -i"')
 
 
 @vhost.command("list")
@@ -78,9 +79,12 @@ def list_(context: Context, as_json: bool) -> None:
 
 
 def queued(context: Context, name: str) -> int:
-    """How many files wait in the vhost's new/."""
-    with os.scandir(f"{layout.maildrop(context.spool, name)}/new") as entries:
-        return sum(1 for entry in entries if not entry.name.startswith("."))
+    """How many files wait in the vhost's new/; where there is none, `check` says so."""
+    try:
+        with os.scandir(f"{layout.maildrop(context.spool, name)}/new") as entries:
+            return sum(1 for entry in entries if not entry.name.startswith("."))
+    except OSError:
+        return 0
 
 
 def _texts(found: tuple[limits.Limit, ...]) -> list[str]:
