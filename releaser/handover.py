@@ -96,9 +96,19 @@ class HandOver:
     @property
     def next_retry(self) -> float | None:
         """When something in active/ can be tried, in seconds since 1970; None: nothing waits but for a vhost in flight."""
-        if any(vhost not in self.busy for vhost in self._due):
+        if self._may_retry and any(vhost not in self.busy for vhost in self._due):
             return 0.0
         return self._retries[0][0] if self._retries else None
+
+    @property
+    def probing(self) -> bool:
+        """Whether it is not known that the MTA is back."""
+        return bool(self._backoff)
+
+    @property
+    def _may_retry(self) -> bool:
+        """Half of the sessions are left for new mail."""
+        return sum(1 for flight in self._flights.values() if flight.original is None) < max(mta.SESSIONS // 2, 1)
 
     def use(self, url: str) -> None:
         """Another MTA: nothing is known of it yet. What is in flight ends where it was begun."""
@@ -121,15 +131,14 @@ class HandOver:
         batch.then(partial(self._dispatch, flight))
 
     def retry(self, batch: Batch) -> None:
-        """Begin again what waits in active/ and is due, the vhosts in turn; half of the sessions are left for new mail."""
+        """Begin again what waits in active/ and is due, the vhosts in turn."""
         while self._retries and self._retries[0][0] <= time.time():
             _, queue_id = heapq.heappop(self._retries)
             row = self._ledger.row(queue_id)
             if row is not None and row.state == ACTIVE:
                 self._due.setdefault(row.vhost, deque()).append(queue_id)
         for vhost in list(self._due):
-            retried = sum(1 for flight in self._flights.values() if flight.original is None)
-            if not self.room or retried >= max(mta.SESSIONS // 2, 1):
+            if not self.room or not self._may_retry:
                 return
             if vhost not in self.busy:
                 waiting = self._due.pop(vhost)
@@ -195,7 +204,7 @@ class HandOver:
             self._down_until = time.time() + self._backoff
             LOG.error(maillog.mta_down(words, self._backoff))
         # Nothing of this message has ever reached the MTA.
-        untouched = row.attempts == 1 and not flight.again and not flight.answered
+        untouched = not flight.answered and (row.vhost, row.source) not in self._drops.known
         row.attempts -= 1
         unclear = any(outcome.kind is Kind.UNKNOWN for outcome in flight.deferred)
         row.attempt_open = int(flight.again or unclear)

@@ -30,8 +30,6 @@ class Maildrop:
     listed_ns: int = 0
     # Of new/: another one means that the vhost was removed and made again.
     inode: int = 0
-    # Taken up and not yet removed from new/: never listed again, or they would be decided twice.
-    taken: set[bytes] = field(default_factory=set)
     # Names already complained about.
     left: set[bytes] = field(default_factory=set)
 
@@ -46,6 +44,8 @@ class Maildrops:
         self._drops: dict[str, Maildrop] = {}
         self._bells: dict[str, str] = {}
         self._turn: deque[str] = deque()
+        # Taken up and not yet removed from new/: never listed again, or they would be decided twice.
+        self._taken: set[tuple[str, bytes]] = set()
         self._next_cleaning = 0.0
         # Files in new/ that the ledger knows: an open attempt, or an outcome whose file is still to be removed.
         self.known: dict[tuple[str, str], Row] = {}
@@ -111,23 +111,21 @@ class Maildrops:
 
     def take(self, vhost: str, name: bytes) -> None:
         """NAME is being decided: it is not listed again until it is given back or removed."""
-        self._drops[vhost].taken.add(name)
+        self._taken.add((vhost, name))
 
     def give_back(self, vhost: str, name: bytes) -> None:
         """NAME is to be decided again, before all others of its vhost."""
+        self._taken.discard((vhost, name))
         drop = self._drops.get(vhost)
         if drop is not None:
-            drop.taken.discard(name)
             drop.names.appendleft(name)
             self._mark(vhost, drop)
 
     def leave(self, vhost: str, name: bytes, reason: str, trace: bool = False) -> None:
         """NAME stays in new/ and is looked at again with the next scan; say so once."""
+        self._taken.discard((vhost, name))
         drop = self._drops.get(vhost)
-        if drop is None:
-            return
-        drop.taken.discard(name)
-        if name not in drop.left:
+        if drop is not None and name not in drop.left:
             drop.left.add(name)
             LOG.warning(maillog.left(vhost, os.fsdecode(name), reason), exc_info=trace)
 
@@ -147,19 +145,19 @@ class Maildrops:
             elif not os.path.isdir(os.path.dirname(self.path(row))):
                 raise FileNotFoundError(errno.ENOENT, "its maildrop is not there")
         except OSError as error:
-            # It stays known: when it is met again, it is only removed.
+            # It is known from now on: when it is met again, it is only removed.
             self.known[key] = row
+            self._taken.discard((row.vhost, row.source.encode()))
             LOG.error(maillog.left(row.vhost, row.source, f"cannot be removed: {error.strerror}"))
             return
         finally:
             original.close()
         self.known.pop(key, None)
+        self._taken.discard((row.vhost, row.source.encode()))
         drop = self._drops.get(row.vhost)
-        if drop is not None:
-            drop.taken.discard(row.source.encode())
-            if not there:
-                # Another file may have its name.
-                self._mark(row.vhost, drop)
+        if drop is not None and not there:
+            # Another file may have its name.
+            self._mark(row.vhost, drop)
         self.removed.append(row.queue_id)
         row.source = None
 
@@ -196,7 +194,7 @@ class Maildrops:
         except OSError as error:
             LOG.error(maillog.left(vhost, "new", str(error)))
             return
-        drop.names = deque(name for name in listed if name not in drop.taken)
+        drop.names = deque(name for name in listed if (vhost, name) not in self._taken)
         drop.left &= set(listed)
 
     def _write_policy(self, vhost: str, drop: Maildrop) -> None:

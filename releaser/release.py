@@ -79,8 +79,12 @@ class Releaser:
         self._handover.take_results(batch)
         self._carry_out_decisions(batch)
         if time.time() >= self._handover.down_until:
-            self._handover.retry(batch)
-            self._pick_up(batch)
+            # New mail finds out whether the MTA is back: what waits in active/ may be what it hangs up on.
+            first, second = self._handover.retry, self._pick_up
+            if self._handover.probing:
+                first, second = second, first
+            first(batch)
+            second(batch)
         self._commit(batch)
         if self._handover.senders.max_size != self._announced_size:
             self._announced_size = self._handover.senders.max_size
