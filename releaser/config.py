@@ -101,6 +101,19 @@ def _one_of(allowed: tuple[str, ...], later: tuple[str, ...] = ()) -> Callable[[
     return parse
 
 
+def _port(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 65536:
+        raise ValueError(f"{value!r} is not a port: a number from 1 to 65535")
+    return value
+
+
+def _file(value: object) -> str:
+    text = _text(value)
+    if not text.startswith("/") or text.endswith("/"):
+        raise ValueError(f"{text!r} is not an absolute path to a file")
+    return text
+
+
 @dataclass(frozen=True)
 class Key:
     """A key of the configuration: its parser, and its default in the file's own spelling (None: no default)."""
@@ -133,6 +146,19 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "over_limit": Key(_OVER_LIMIT, "hold"),
         "max_message_size": Key(size, "50M"),
     },
+    "mysql": {
+        "host": Key(_text, "127.0.0.1"),
+        "port": Key(_port, 3306),
+        "unix_socket": Key(_file, None),
+        "user": Key(_text, "secure_sendmail"),
+        "password_file": Key(_file, None),
+        "database": Key(_text, "secure_sendmail"),
+        "tls_ca": Key(_file, None),
+        "retention": Key(duration, "168h"),
+    },
+    "log": {
+        "error_log": Key(_file, None),
+    },
 }
 
 # Keys of [vhosts."V"] and vhosts.d/V.toml, and the key that holds where they are absent.
@@ -146,7 +172,6 @@ VHOST_KEYS = {
 }
 
 NOT_BUILT = {
-    "": ("mysql", "log"),
     "limits": ("notify", "shared_uid", "hold_max_messages", "hold_max_bytes", "min_free", "pace_max"),
     "vhosts": ("error_log", "users"),
 }
@@ -164,6 +189,20 @@ class VhostSettings:
 
 
 @dataclass(frozen=True)
+class Mysql:
+    """Where the log of record is; retention in seconds."""
+
+    host: str
+    port: int
+    unix_socket: str | None
+    user: str
+    password_file: str | None
+    database: str
+    tls_ca: str | None
+    retention: int
+
+
+@dataclass(frozen=True)
 class Config:
     """One consistent configuration; a reload makes a new one."""
 
@@ -175,6 +214,9 @@ class Config:
     domain_header: str
     complaints_header: str
     complaints_to: str
+    error_log: str | None
+    # None: the ledger alone keeps the log.
+    mysql: Mysql | None
     _sections: dict[str, dict[str, Any]] = field(repr=False)
     # By exact name, and in file order by pattern; values already parsed.
     _exact: dict[str, dict[str, Any]] = field(repr=False)
@@ -224,7 +266,10 @@ def load(file: str) -> Config:
             for key in found:
                 if key not in keys:
                     raise _unknown(file, section, key, list(keys))
-        sections[section] = {key: _value(file, section, key, spec, found.get(key, spec.default)) for key, spec in keys.items()}
+        sections[section] = {}
+        for key, spec in keys.items():
+            value = found.get(key, spec.default)
+            sections[section][key] = None if value is None else _value(file, section, key, spec, value)
     exact, patterns = _vhosts(file, _table(file, "vhosts", document.get("vhosts", {})))
     tag = sections["tag"]
     return Config(
@@ -236,6 +281,8 @@ def load(file: str) -> Config:
         domain_header=tag["domain_header"],
         complaints_header=tag["complaints_header"],
         complaints_to=tag["complaints_to"].replace("HOSTNAME", os.uname().nodename),
+        error_log=sections["log"]["error_log"],
+        mysql=Mysql(**sections["mysql"]) if "mysql" in document else None,
         _sections=sections,
         _exact=exact,
         _patterns=patterns,

@@ -28,11 +28,14 @@ from types import FrameType
 from releaser import config, layout, maillog, private
 from releaser.ledger import Ledger, LedgerError
 from releaser.maillog import LOG
+from releaser.mysql_log import Shipper
 from releaser.release import Releaser
 from releaser.watch import Wake, Watch
 
 # A probe of `secure-sendmail status` holds the lock for an instant.
 LOCK_TRIES = 20
+# At the end, MySQL has so many seconds to take what is left of the log; the rest is shipped after the next start.
+LAST_ROWS = 10
 
 
 class Stop(Exception):
@@ -80,6 +83,7 @@ class Daemon:
         self._stopping = False
         self._reload = False
         self._watch: Watch | None = None
+        self._shipper: Shipper | None = None
 
     def run(self) -> int:
         """Work until told to stop; return the exit status. Raises Stop."""
@@ -106,6 +110,7 @@ class Daemon:
         # Taken before the first scan, so that a change made meanwhile is seen.
         self._signature = config.signature(self._file)
         releaser = Releaser(settings, Ledger(settings.state, create=True), self._wake.nudge)
+        self._use_log(settings)
         if not self._once:
             self._start_watch(settings)
         releaser.start()
@@ -113,6 +118,8 @@ class Daemon:
         _say_observed(settings)
         self._loop(releaser)
         releaser.stop()
+        if self._shipper is not None:
+            self._shipper.stop(LAST_ROWS)
         if self._watch is not None:
             self._watch.stop()
         LOG.info(maillog.stopped())
@@ -152,9 +159,19 @@ class Daemon:
         except config.ConfigError as error:
             LOG.error(maillog.not_reloaded(str(error)))
             return
+        if (loaded.mysql, loaded.error_log) != (releaser.config.mysql, releaser.config.error_log):
+            self._use_log(loaded)
         releaser.reload(loaded)
         LOG.info(maillog.reloaded(self._file))
         _say_observed(loaded)
+
+    def _use_log(self, settings: config.Config) -> None:
+        """Ship the log to where SETTINGS say, and no longer to where it went before."""
+        if self._shipper is not None:
+            self._shipper.stop(LAST_ROWS)
+        self._shipper = None
+        if settings.mysql is not None:
+            self._shipper = Shipper(settings.mysql, settings.state, settings.error_log, settings.spool)
 
     def _start_watch(self, settings: config.Config) -> None:
         directories = [os.path.dirname(os.path.abspath(self._file))]

@@ -308,6 +308,42 @@ class Ledger:
         )
         return [(found[0], found[1]) for found in self._db.execute(sql, (vhost,))]
 
+    # What is shipped to MySQL: the rows of mail_log behind the last one that is known to be there.
+
+    def shipped(self) -> int:
+        found = self._db.execute("SELECT value FROM meta WHERE key = 'shipped'").fetchone()
+        return int(found[0]) if found else 0
+
+    def set_shipped(self, seq: int) -> None:
+        with self.transaction():
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('shipped', ?)", (str(seq),))
+
+    def unshipped(self, most: int) -> list[dict[str, Any]]:
+        """The next rows of the outbox, in order."""
+        sql = f"SELECT {', '.join(LOG_COLUMNS)} FROM mail_log WHERE seq > ? ORDER BY seq LIMIT ?"
+        return [dict(found) for found in self._db.execute(sql, (self.shipped(), most))]
+
+    def outbox(self) -> int:
+        """How many rows wait to be shipped."""
+        return int(self._db.execute("SELECT count(*) FROM mail_log WHERE seq > ?", (self.shipped(),)).fetchone()[0])
+
+    def unfinished(self, queue_ids: list[str]) -> set[str]:
+        """Those of QUEUE_IDS whose mail still lies in one of our directories."""
+        places = ", ".join("?" * len(queue_ids))
+        sql = f"SELECT queue_id FROM message WHERE state NOT IN ('done', 'unknown') AND queue_id IN ({places})"
+        return {found[0] for found in self._db.execute(sql, queue_ids)}
+
+    def collect(self, before: str) -> None:
+        """Delete log rows that are shipped and older than BEFORE, those of mail that still lies here excepted."""
+        sql = (
+            "DELETE FROM mail_log WHERE seq IN (SELECT seq FROM mail_log WHERE logged_at < ? AND seq <= ? AND queue_id NOT IN "
+            "(SELECT queue_id FROM message WHERE state NOT IN ('done', 'unknown')) LIMIT 1000)"
+        )
+        while True:
+            with self.transaction():
+                if not self._db.execute(sql, (before, self.shipped())).rowcount:
+                    return
+
     # What the command uses.
 
     def decide(self, decision: str, queue_ids: list[str], actor: str, why: str) -> list[str]:

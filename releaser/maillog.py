@@ -75,6 +75,22 @@ def observing(sections: list[str]) -> str:
     return f'over_limit is "observe", mail over a limit is sent: {", ".join(sections)}'
 
 
+def log_is_down(words: str, rows: int) -> str:
+    return f"MySQL does not take the log, mail goes on rows_waiting={rows} reason={words!r}"
+
+
+def error_log_not_written(reason: str) -> str:
+    return f"the error log cannot be written reason={reason!r}"
+
+
+def log_is_back() -> str:
+    return "MySQL takes the log again"
+
+
+def log_row_bare(seq: str, words: str) -> str:
+    return f"MySQL refused log row {seq} for its content, shipped in plain ASCII reason={words!r}"
+
+
 def started(spool: str, vhosts: int, mta: str) -> str:
     return f"started spool={spool} vhosts={vhosts} mta={mta}"
 

@@ -1,16 +1,20 @@
 """secure-sendmail status, limits, log: what is going on."""
 
 import time
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import click
 
-from releaser import usage
+from releaser import mysql_log, usage
 from releaser.cli import output
-from releaser.cli.context import Context, json_option, pass_context
+from releaser.cli.context import Context, Failed, json_option, pass_context
 from releaser.cli.select import Filters, filters
 from releaser.cli.vhost import queued
 from releaser.ledger import ACTIVE, CORRUPT, FAILED, HELD
+
+SCHEMA = Path(__file__).resolve().parents[2] / "config/schema.sql"
 
 
 @click.command()
@@ -29,7 +33,7 @@ def status(context: Context, as_json: bool) -> None:
         "failed": counts.get(FAILED, 0),
         "corrupt": counts.get(CORRUPT, 0),
         # Without a [mysql] section the ledger keeps the log itself, and nothing waits.
-        "outbox": 0,
+        "outbox": context.ledger.outbox() if context.config.mysql else 0,
         "observe": [name for name in names if context.config.vhost(name).over_limit == "observe"],
         "vhosts": [{"name": name, "held": held.get(name, 0), "windows": windows(context, name)} for name in names],
     }
@@ -71,13 +75,27 @@ def limits_show(context: Context, name: str, as_json: bool) -> None:
     output.table(["LIMIT", "USED", "LEFT"], ([w["text"], w["used"], max(w["limit"] - w["used"], 0)] for w in found), "unlimited")
 
 
-@click.command("log")
+class _DefaultGroup(click.Group):
+    """A group whose verb `show` need not be named: `log --vhost V` is `log show --vhost V`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args or (args[0] not in self.commands and args[0] not in ("-h", "--help")):
+            args = ["show", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group("log", cls=_DefaultGroup)
+def log_() -> None:
+    """What became of every recipient of every mail; `log show` is the default."""
+
+
+@log_.command("show")
 @filters
 @click.option("--event", metavar="NAME", help="Only this event: released, held, deferred, failed, deleted, …")
 @click.option("--last", type=click.IntRange(1, 10**9), metavar="N", help="Only the last N rows.")
 @json_option
 @pass_context
-def log_(context: Context, chosen: Filters, event: str | None, last: int | None, as_json: bool) -> None:
+def log_show(context: Context, chosen: Filters, event: str | None, last: int | None, as_json: bool) -> None:
     """What became of every recipient of every mail, oldest first, from the ledger."""
     condition, values = chosen.condition("logged_at", "lower(recipient) GLOB ?")
     if event is not None:
@@ -100,6 +118,34 @@ def log_(context: Context, chosen: Filters, event: str | None, last: int | None,
         "actor",
     ]
     output.table([name.upper() for name in columns], ([row[name] for name in columns] for row in rows), "nothing is logged")
+
+
+@log_.command("init")
+@click.option("--print", "only_print", is_flag=True, help="Print the SQL, and do nothing.")
+@click.option("--user", metavar="NAME", help="Another MySQL user than the configured one, who may create tables.")
+@click.option("--password-file", metavar="FILE", help="That user's password.")
+@pass_context
+def log_init(context: Context, only_print: bool, user: str | None, password_file: str | None) -> None:
+    """Make the tables of the log in the configured database; safe to run again."""
+    try:
+        schema = SCHEMA.read_text(encoding="utf-8")
+    except OSError as error:
+        raise Failed(f"{SCHEMA}: {error.strerror}") from None
+    if only_print:
+        click.echo(schema, nl=False)
+        return
+    server = context.config.mysql
+    if server is None:
+        raise Failed(f"{context.file}: no [mysql] section: the ledger keeps the log, and needs no tables")
+    if user is not None:
+        server = replace(server, user=user, password_file=password_file)
+    try:
+        mysql_log.initialise(server, schema)
+    except mysql_log.LogError as error:
+        output.complain(f"{server.database}: {error}; let a user who may create tables run this:")
+        click.echo(schema, nl=False)
+        raise click.exceptions.Exit(1) from None
+    output.say(f"the tables of the log are in {server.database}")
 
 
 def windows(context: Context, name: str) -> list[dict[str, Any]]:
