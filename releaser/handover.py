@@ -164,7 +164,7 @@ class HandOver:
         except startup.UNREADABLE as error:
             # It may be readable later, or by a newer program; nothing is lost by waiting.
             LOG.error(maillog.unknown(queue_id, row.vhost, f"active/{queue_id} cannot be read now: {error}"))
-            self.later(time.time() + MESSAGE_BACKOFF[1], queue_id)
+            self.later(time.time() + MESSAGE_BACKOFF[0 if isinstance(error, OSError) else 1], queue_id)
             return
         if queue_id in self._drops.removed:
             row.source = None

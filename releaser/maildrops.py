@@ -28,8 +28,10 @@ class Maildrop:
     # Whether it waits for its turn.
     waiting: bool = False
     listed_ns: int = 0
-    # Of new/: another one means that the vhost was removed and made again.
+    # Of new/: another one means that the vhost was removed and made again; so does another bell in a policy that is
+    # not the one we last saw.
     inode: int = 0
+    policy: tuple[int, int] = (0, 0)
     # Names already complained about.
     left: set[bytes] = field(default_factory=set)
 
@@ -68,13 +70,11 @@ class Maildrops:
                 LOG.error(maillog.left(vhost, "new", str(error)))
                 continue
             drop = self._drops.get(vhost)
-            if drop is not None and drop.inode != status.st_ino:
+            if drop is not None and (drop.inode != status.st_ino or self._has_another_bell(vhost, drop)):
                 self._forget(vhost)
                 drop = None
             if drop is None:
                 drop = self._add(vhost, status.st_ino)
-            if not os.path.exists(f"{layout.maildrop(self._spool, vhost)}/policy"):
-                self._write_policy(vhost, drop)
             # A file can arrive in the same tick of the clock as the last listing, hence the two seconds.
             if status.st_mtime_ns + 2_000_000_000 > drop.listed_ns or drop.left:
                 self._mark(vhost, drop)
@@ -173,6 +173,16 @@ class Maildrops:
             self._bells[drop.bell] = vhost
             self._write_policy(vhost, drop)
         return drop
+
+    def _has_another_bell(self, vhost: str, drop: Maildrop) -> bool:
+        """Look at a policy that was written since the last scan; one that is missing is written again."""
+        try:
+            status = os.stat(f"{layout.maildrop(self._spool, vhost)}/policy")
+        except OSError:
+            self._write_policy(vhost, drop)
+            return False
+        seen, drop.policy = drop.policy, (status.st_ino, status.st_mtime_ns)
+        return seen != drop.policy and policy.bell(self._spool, vhost) not in (None, drop.bell)
 
     def _forget(self, vhost: str) -> None:
         drop = self._drops.pop(vhost)

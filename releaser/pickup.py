@@ -13,6 +13,9 @@ from releaser import envelope, layout, message
 SMALL = 1 << 20
 CHUNK = 1 << 18
 
+# Errors at opening that are the file's own and do not pass: a symbolic link, a device or socket, no right to read.
+OF_THE_FILE = (errno.ELOOP, errno.ENXIO, errno.EACCES, errno.EPERM)
+
 
 class Corrupt(Exception):
     """No message; it belongs into corrupt/. The text says why."""
@@ -43,7 +46,7 @@ class Submitted:
             raise
         except OSError as error:
             # What the file itself is cannot pass; anything else, too many open files for example, does.
-            if error.errno in (errno.ELOOP, errno.ENXIO, errno.EACCES, errno.EPERM):
+            if error.errno in OF_THE_FILE:
                 raise Corrupt(f"cannot be opened: {error.strerror}") from None
             raise NotYet(f"cannot be opened now: {error.strerror}") from None
         try:
@@ -134,12 +137,14 @@ class Submitted:
 
 
 def is_same(path: str, digest: str) -> bool:
-    """Whether the file in new/ at PATH is whole, by its name, and has DIGEST."""
+    """Whether the file in new/ at PATH is whole, by its name, and has DIGEST. Raises OSError where that cannot be known."""
     claimed = layout.submitted_size(os.path.basename(os.fsencode(path)))
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return False
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, *OF_THE_FILE):
+            return False
+        raise
     try:
         status = os.fstat(fd)
         return stat.S_ISREG(status.st_mode) and status.st_size == claimed and _digest(fd, claimed) == digest

@@ -262,7 +262,9 @@ class Releaser:
         batch = Batch(self._ledger)
         for key, row in list(self._drops.known.items()):
             open_attempt = row.state == ACTIVE and row.deferred_at is None and row.decision is None
-            if open_attempt and not self._handover.flies(row.queue_id) and not os.path.lexists(self._drops.path(row)):
+            # Without its directory nothing is known of the file.
+            gone = os.path.isdir(os.path.dirname(self._drops.path(row))) and not os.path.lexists(self._drops.path(row))
+            if open_attempt and gone and not self._handover.flies(row.queue_id):
                 self._drops.known.pop(key)
                 self._close(batch, row, "its file has gone")
         self._commit(batch)

@@ -139,6 +139,9 @@ def _unfinished(spool: str, book: Ledger) -> TakenUp:
             found.known[row.vhost, row.source or ""] = row
         elif copied:
             found.retries.append((row.next_try or 0.0, row.queue_id))
+        elif first and not os.path.isdir(os.path.dirname(_new(spool, row))):
+            # The maildrop is not there; if it comes back, the message is known.
+            found.known[row.vhost, row.source or ""] = row
         else:
             close_unknown(batch, row, "its file has gone")
     batch.commit()

@@ -1,5 +1,6 @@
 """Everything the command prints: tables for people, JSON for programs, text from mail made harmless."""
 
+import io
 import json
 import sys
 import unicodedata
@@ -19,9 +20,12 @@ def visible(text: str) -> str:
     return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in UNSEEN else c for c in text)
 
 
-def console() -> Console:
+def console(target: io.StringIO) -> Console:
+    """Renders into TARGET: rich ends the process where the reader of its own output has had enough."""
+    terminal = sys.stdout.isatty()
     # Without a terminal nothing may be cut to its width.
-    return Console(markup=False, highlight=False, emoji=False, width=None if sys.stdout.isatty() else 250)
+    width = None if terminal else 250
+    return Console(file=target, force_terminal=terminal, markup=False, highlight=False, emoji=False, width=width)
 
 
 def table(columns: list[str], rows: Iterable[list[object]], empty: str) -> None:
@@ -34,11 +38,9 @@ def table(columns: list[str], rows: Iterable[list[object]], empty: str) -> None:
         count += 1
         made.add_row(*[Text(visible(str(value))) for value in row])
     if count:
-        screen = console()
-        # Written by us: rich ends the process where the reader has had enough.
-        with screen.capture() as capture:
-            screen.print(made)
-        sys.stdout.write(capture.get())
+        rendered = io.StringIO()
+        console(rendered).print(made)
+        sys.stdout.write(rendered.getvalue())
     else:
         say(empty)
 
