@@ -1044,3 +1044,55 @@ def test_no_statement_goes_through_all_messages(tmp_path: Path, server: Server, 
                   "state = 'active'", "queue_id = ?", "INSERT INTO", "UPDATE message SET source", "decision = ?"):  # fmt: skip
         assert any(words in sql for sql in plans), words
     assert {sql: plan for sql, plan in plans.items() if any(map(reads_everything, plan))} == {}
+
+
+@pytest.mark.parametrize("limit", ["0/1h", "unlimited"], ids=["held", "sent"])
+def test_error_while_an_original_is_compared_ends_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server, limit: str
+) -> None:
+    """One EMFILE at the start after a crash: the start fails, nothing is decided, and the next one finds the same message."""
+    site = Site(tmp_path, server.url, limit)
+    site.put()
+    with site.started() as engine, crash(monkeypatch):
+        engine.step()
+    before = site.ls(), site.states(), site.log()
+
+    def of_the_original(path: object, *_args: object, **_keywords: object) -> bool:
+        return "/new/" in os.fsdecode(path)  # type: ignore[arg-type]
+
+    with pytest.raises(OSError), once(monkeypatch, os, "open", errno.EMFILE, of_the_original), site.started():
+        pass
+    assert (site.ls(), site.states(), site.log()) == before
+    with site.started() as engine:
+        settle(engine)
+    if limit == "unlimited":
+        assert [event for event, _ in site.log()] == ["retried", "released"]
+    else:
+        assert (site.ls(), [event for event, _ in site.log()]) == (["hold"], ["held"])
+
+
+def test_maildrop_that_is_away_for_a_scan_keeps_its_open_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server
+) -> None:
+    """The MTA goes away behind the first batch, the vhost's directory for one scan: the rest follows, and only that."""
+    monkeypatch.setattr(handover, "MTA_BACKOFF", (0.2, 0.2))
+    away = threading.Event()
+    away.set()
+
+    def answer(command: bytes) -> bytes | None:
+        return b"421 closing" if command.startswith(b"MAIL") and away.is_set() and server.messages else YES
+
+    server.answer = answer
+    site = Site(tmp_path, server.url)
+    site.put(to=MANY)
+    directory, aside = tmp_path / "spool/vhosts" / A, tmp_path / "aside"
+    with site.started() as engine:
+        work(engine, lambda: server.count(b"MAIL") > 1 and not engine._handover.in_flight, "the MTA is away")
+        directory.rename(aside)
+        engine.scan()
+        aside.rename(directory)
+        engine.scan()
+        away.clear()
+        work(engine, lambda: len(server.copies) == len(MANY), "all recipients have it")
+        settle(engine)
+    assert [message.recipients for message in server.messages] == [MANY[:100], MANY[100:]]
