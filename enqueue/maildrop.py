@@ -8,6 +8,8 @@ from enqueue.failure import CANTCREAT, CONFIG, IOERR, NOPERM, UNAVAILABLE, Failu
 
 POLICY_VERSION = b"1"
 DEFAULT_MAX_SIZE = 50 << 20
+# The shared maildrop of all vhosts that have none of their own.
+UNREGISTERED = "_unregistered"
 HEX = frozenset("0123456789abcdef")
 
 
@@ -18,6 +20,9 @@ class Policy:
         lines = dict(line.split(b": ", 1) for line in text.split(b"\n") if b": " in line)
         if lines.get(b"Policy") != POLICY_VERSION or lines.get(b"End") != POLICY_VERSION:
             lines = {}
+        until = lines.get(b"Until", b"")
+        self.until = int(until) if until.isdigit() else 0
+        self._lines = text.split(b"\n") if lines else []
         host = os.uname().nodename.encode("ascii", "replace")
         size = lines.get(b"Max-Size", b"")
         bell = lines.get(b"Bell", b"").decode("ascii", "replace")
@@ -28,6 +33,12 @@ class Policy:
             (lines.get(b"Domain-Header", b"X-Domain"), b""),
             (lines.get(b"Complaints-Header", b"X-Complaints-To"), lines.get(b"Complaints-To", b"abuse@" + host)),
         ]
+
+    def warning(self, vhost: str, now: float) -> bytes:
+        """The line that the releaser wants said to who sends as VHOST; empty where there is none, or it is too old."""
+        key = b"Warning: " + vhost.encode() + b" "
+        found = [line[len(key) :] for line in self._lines if line.startswith(key)]
+        return found[-1] if found and now < self.until else b""
 
 
 class Maildrop:
@@ -40,15 +51,27 @@ class Maildrop:
         self.spool = spool
         self.vhost = vhost
         try:
-            self._gate = os.open(f"{spool}/vhosts/{vhost}", os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            self._gate = self._open(vhost)
         except OSError as error:
             if error.errno == errno.EACCES:
                 raise self._closed() from None
             raise Failure(
                 CONFIG,
                 f"no maildrop for {vhost} under {spool}: {error.strerror}; "
-                f"the administrator runs: secure-sendmail vhost add {vhost}",
+                f"the administrator runs: secure-sendmail vhost add {vhost} --user NAME, or, once for all: "
+                "secure-sendmail vhost add --unregistered",
             ) from None
+        if os.getuid() == 0 and os.fstat(self._gate).st_uid != 0:
+            # Root comes through every gate; only where the spool is its own is it a customer.
+            raise self._closed()
+
+    def _open(self, vhost: str) -> int:
+        """The vhost's directory, or the shared one where it does not exist; never where it is only closed."""
+        flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            return os.open(f"{self.spool}/vhosts/{vhost}", flags)
+        except FileNotFoundError:
+            return os.open(f"{self.spool}/vhosts/{UNREGISTERED}", flags)
 
     def policy(self) -> Policy:
         try:

@@ -75,6 +75,10 @@ def enqueue(argv: list[str]) -> None:
     ]
     maildrop.drop(name, head, mail.chunks(policy.tag, missing), policy.max_size)
     maildrop.ring(policy.bell)
+    warning = policy.warning(call.vhost, now)
+    if warning:
+        # Accepted all the same. mod_php passes it on to Apache's error log.
+        _write_error(_printable(warning.decode("utf-8", "replace")) + b"\n")
 
 
 def envelope(
@@ -187,11 +191,8 @@ def _hold_standard_descriptors() -> None:
 
 def _complain(sentence: str) -> None:
     """One line on standard error, and to syslog, since php-fpm throws standard error away."""
-    text = "".join(c if c.isprintable() else "?" for c in sentence).encode("utf-8", "replace")
-    try:
-        os.write(2, b"secure-sendmail-enqueue: " + text + b"\n")
-    except OSError:
-        pass
+    text = _printable(sentence)
+    _write_error(b"secure-sendmail-enqueue: " + text + b"\n")
     try:
         import socket
 
@@ -199,4 +200,15 @@ def _complain(sentence: str) -> None:
             # <20> is facility mail, severity warning (RFC 5424 section 6.2.1).
             log.sendto(b"<20>secure-sendmail-enqueue[%d]: " % os.getpid() + text, "/dev/log")
     except (OSError, ImportError):
+        pass
+
+
+def _printable(sentence: str) -> bytes:
+    return "".join(c if c.isprintable() else "?" for c in sentence).encode("utf-8", "replace")
+
+
+def _write_error(line: bytes) -> None:
+    try:
+        os.write(2, line)
+    except OSError:
         pass

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from releaser.ledger import Ledger, Row
+from releaser.ledger import Incident, Ledger, Row
 
 
 class Batch:
@@ -18,6 +18,9 @@ class Batch:
     def put(self, row: Row) -> None:
         """Write ROW as it is when the batch is committed."""
         self._writes.append(partial(self._ledger.put, row))
+
+    def put_incident(self, incident: Incident) -> None:
+        self._writes.append(partial(self._ledger.put_incident, incident))
 
     def forget(self, queue_id: str) -> None:
         self._writes.append(partial(self._ledger.remove, queue_id))

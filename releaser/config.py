@@ -1,27 +1,27 @@
 """releaser.toml and vhosts.d/*.toml: every key with its default, read once, with an error that names file and key."""
 
-import errno
-import grp
+import json
 import os
 import pwd
 import re
-import stat
+import time
 import tomllib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
-from releaser import envelope, layout, limits
+from releaser import envelope, layout, limits, trusted
 
 DEFAULT_FILE = "/etc/php-secure-sendmail/releaser.toml"
 
-# As many symbolic links as the kernel follows.
-MAX_LINKS = 40
+# Seconds after which the uids of a vhost's users are looked up again.
+UIDS_AGE = 60
 
 _DURATION = re.compile(r"([1-9][0-9]{0,6})([smhd])\Z")
 _SIZE = re.compile(r"([1-9][0-9]{0,8})([KMG]?)\Z")
+_USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,31}\$?\Z")
 _HEADER = re.compile(r"[A-Za-z][A-Za-z0-9-]{0,60}\Z")
 
 
@@ -89,6 +89,12 @@ def _address(value: object) -> str:
     return str(value)
 
 
+def _users(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value or not all(isinstance(item, str) and _USER.match(item) for item in value):
+        raise ValueError(f'{value!r} is not a list of user names such as ["customer1"]')
+    return tuple(value)
+
+
 def _one_of(allowed: tuple[str, ...], later: tuple[str, ...] = ()) -> Callable[[object], str]:
     def parse(value: object) -> str:
         names = " or ".join(f'"{name}"' for name in allowed)
@@ -145,6 +151,7 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "count": Key(_COUNT, "recipients"),
         "over_limit": Key(_OVER_LIMIT, "hold"),
         "max_message_size": Key(size, "50M"),
+        "notify": Key(_address, None),
     },
     "mysql": {
         "host": Key(_text, "127.0.0.1"),
@@ -169,11 +176,13 @@ VHOST_KEYS = {
     "max_message_size": Key(size, ("limits", "max_message_size")),
     "sender": Key(_address, None),
     "sender_policy": Key(_SENDER_POLICY, None),
+    "error_log": Key(_file, None),
+    # In vhosts.d/V.toml alone.
+    "users": Key(_users, None),
 }
 
 NOT_BUILT = {
-    "limits": ("notify", "shared_uid", "hold_max_messages", "hold_max_bytes", "min_free", "pace_max"),
-    "vhosts": ("error_log", "users"),
+    "limits": ("shared_uid", "hold_max_messages", "hold_max_bytes", "min_free", "pace_max"),
 }
 
 
@@ -186,6 +195,14 @@ class VhostSettings:
     over_limit: str
     max_message_size: int
     sender: str | None
+    error_log: str | None
+    # Who may submit; None: nobody but in private mode.
+    users: tuple[str, ...] | None
+
+    @property
+    def longest(self) -> int:
+        """The seconds of the longest window."""
+        return max((limit.seconds for limit in self.limits), default=0)
 
 
 @dataclass(frozen=True)
@@ -215,12 +232,43 @@ class Config:
     complaints_header: str
     complaints_to: str
     error_log: str | None
+    # Whom one mail per incident goes to.
+    notify: str | None
     # None: the ledger alone keeps the log.
     mysql: Mysql | None
     _sections: dict[str, dict[str, Any]] = field(repr=False)
     # By exact name, and in file order by pattern; values already parsed.
     _exact: dict[str, dict[str, Any]] = field(repr=False)
     _patterns: dict[str, dict[str, Any]] = field(repr=False)
+
+    @cached_property
+    def _uids(self) -> dict[str, tuple[float, frozenset[int]]]:
+        return {}
+
+    def uids(self, vhost: str) -> frozenset[int]:
+        """The uids of the vhost's users, as far as they exist."""
+        now = time.monotonic()
+        looked_up, found = self._uids.get(vhost, (-UIDS_AGE, frozenset()))
+        if now - looked_up >= UIDS_AGE:
+            found = frozenset(uid for uid in map(uid_of, self.vhost(vhost).users or ()) if uid is not None)
+            self._uids[vhost] = now, found
+        return found
+
+    @property
+    def registered(self) -> list[str]:
+        """The vhosts that have users of their own."""
+        return [name for name, keys in self._exact.items() if "users" in keys]
+
+    def unregistered(self, name: str) -> VhostSettings:
+        """The settings of a vhost that only claims its NAME: never more than the default limits."""
+        settings, default = self.vhost(name), self._sections["limits"]
+        return replace(
+            settings,
+            limits=tuple(dict.fromkeys((*settings.limits, *default["default"]))),
+            count=default["count"],
+            over_limit=settings.over_limit if default["over_limit"] == "observe" else default["over_limit"],
+            max_message_size=min(settings.max_message_size, default["max_message_size"]),
+        )
 
     @cached_property
     def _found(self) -> dict[str, VhostSettings]:
@@ -282,11 +330,20 @@ def load(file: str) -> Config:
         complaints_header=tag["complaints_header"],
         complaints_to=tag["complaints_to"].replace("HOSTNAME", os.uname().nodename),
         error_log=sections["log"]["error_log"],
+        notify=sections["limits"]["notify"],
         mysql=Mysql(**sections["mysql"]) if "mysql" in document else None,
         _sections=sections,
         _exact=exact,
         _patterns=patterns,
     )
+
+
+def uid_of(user: str) -> int | None:
+    """The uid of the account USER, which may also be a number; None where there is no such account."""
+    try:
+        return pwd.getpwnam(user).pw_uid
+    except KeyError:
+        return int(user) if user.isdecimal() else None
 
 
 def signature(file: str) -> tuple[tuple[str, int, int, int], ...]:
@@ -299,6 +356,38 @@ def signature(file: str) -> tuple[tuple[str, int, int, int], ...]:
             continue
         found.append((path, status.st_ino, status.st_mtime_ns, status.st_size))
     return tuple(found)
+
+
+def vhost_file(file: str, vhost: str) -> str:
+    """The file of VHOST in vhosts.d beside FILE."""
+    return os.path.join(vhosts_directory(file), f"{vhost}.toml")
+
+
+def write_vhost_file(file: str, vhost: str, users: Sequence[str]) -> None:
+    """Write the file of a new vhost; one that says the same is fine. Raises ConfigError, OSError."""
+    path = vhost_file(file, vhost)
+    if os.path.lexists(path):
+        keys = _vhost(path, "", _read(path))
+        if keys.get("users") != tuple(users):
+            raise ConfigError(f"{path}: exists already, with users {list(keys.get('users', ()))}; remove it, or edit it")
+        return
+    directory = vhosts_directory(file)
+    group = os.stat(os.path.dirname(directory)).st_gid
+    if not os.path.isdir(directory):
+        os.mkdir(directory, 0o750)
+        os.chown(directory, -1, group)
+    fd = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
+    with os.fdopen(fd, "w", encoding="utf-8") as stream:
+        os.fchown(fd, -1, group)
+        stream.write(f"users = {json.dumps(list(users))}\n")
+        stream.flush()
+        os.fsync(fd)
+    os.rename(f"{path}.new", path)
+
+
+def names(file: str, vhost: str) -> bool:
+    """Whether FILE itself has a section for VHOST. Raises ConfigError."""
+    return vhost in _table(file, "vhosts", _read(file).get("vhosts", {}))
 
 
 def vhosts_directory(file: str) -> str:
@@ -343,6 +432,8 @@ def _vhosts(file: str, tables: dict[str, Any]) -> tuple[dict[str, dict[str, Any]
 
 def _vhost(file: str, section: str, table: dict[str, Any]) -> dict[str, Any]:
     for key in table:
+        if section and key == "users":
+            raise ConfigError(f"{file}: {_where(section, key)}: belongs into vhosts.d, where secure-sendmail vhost add writes it")
         if key not in VHOST_KEYS:
             raise _unknown(file, section, key, list(VHOST_KEYS))
     return {key: _value(file, section, key, VHOST_KEYS[key], value) for key, value in table.items()}
@@ -362,8 +453,7 @@ def _table(file: str, section: str, value: object) -> dict[str, Any]:
 
 
 def _unknown(file: str, section: str, key: str, allowed: list[str]) -> ConfigError:
-    group = "vhosts" if section.startswith("vhosts") or (not section and "sender" in allowed) else section
-    if key in NOT_BUILT.get(group, ()):
+    if key in NOT_BUILT.get(section, ()):
         return ConfigError(f"{file}: {_where(section, key)}: not built yet; remove it")
     return ConfigError(f"{file}: {_where(section, key)}: unknown key; allowed: {', '.join(allowed)}")
 
@@ -374,53 +464,12 @@ def _where(section: str, key: str) -> str:
 
 def _read(file: str) -> dict[str, Any]:
     try:
-        _check_owner(file)
+        trusted.check(file, (0, os.geteuid()))
         with open(file, "rb") as stream:
             return tomllib.load(stream)
+    except trusted.Untrusted as error:
+        raise ConfigError(str(error)) from None
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not valid TOML: {error}") from None
-
-
-def _check_owner(file: str) -> None:
-    """Refuse a configuration that someone besides root and this user could write, or put another in the place of.
-
-    Every directory and every symbolic link on the way to it is looked at, since whoever can change one of them can.
-    """
-    path, todo, links = "", os.path.abspath(file).split("/"), 0
-    while todo:
-        name = todo.pop(0)
-        if name in ("", ".") and path:
-            continue
-        if name == "..":
-            path = os.path.dirname(path)
-            continue
-        path = f"{path}/{name}" if path != "/" else f"/{name}"
-        status = os.lstat(path)
-        if status.st_uid not in (0, os.geteuid()):
-            raise ConfigError(f"{path}: owned by uid {status.st_uid}; it must belong to root or to uid {os.geteuid()}")
-        if stat.S_ISLNK(status.st_mode):
-            links += 1
-            if links > MAX_LINKS:
-                raise ConfigError(f"{file}: {os.strerror(errno.ELOOP)}")
-            target = os.readlink(path)
-            path = "" if target.startswith("/") else os.path.dirname(path)
-            todo = target.split("/") + todo
-            continue
-        sticky = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
-        foreign_group = status.st_mode & stat.S_IWGRP and not _private_group(status.st_gid, status.st_uid)
-        if not sticky and (status.st_mode & stat.S_IWOTH or foreign_group):
-            raise ConfigError(f"{path}: writable by others (mode {stat.S_IMODE(status.st_mode):04o}); run: chmod go-w {path}")
-
-
-def _private_group(gid: int, uid: int) -> bool:
-    """Whether group GID is root's, or has no member besides UID."""
-    if gid == 0:
-        return True
-    try:
-        name = pwd.getpwuid(uid).pw_name
-        members = set(grp.getgrgid(gid).gr_mem) - {name}
-    except KeyError:
-        return False
-    return not members and not any(entry.pw_gid == gid and entry.pw_uid != uid for entry in pwd.getpwall())

@@ -8,8 +8,8 @@ keeps the ledger. Woken by bells; looks every 30 seconds anyway. With --once it 
 SIGTERM and SIGINT finish what is in flight; a second one ends at once. SIGHUP, or a change of the configuration, loads
 it again; a mistake in it is logged and the last good one stays.
 
-Security: runs as the owner of the spool and its state, believes nothing that a customer writes, never as root but in
-private mode, where root owns the spool.
+Security: runs as user secure-sendmail, which it becomes where root starts it, and believes nothing that a customer
+writes. In private mode, where one user owns spool and state, it runs as that one.
 
 Exit status: 0 done; 64 usage; 69 another releaser works on this spool; 74 the spool or the ledger cannot be read or
 written; 78 the configuration cannot be used.
@@ -25,7 +25,7 @@ import sys
 import time
 from types import FrameType
 
-from releaser import config, layout, maillog, private
+from releaser import config, identity, layout, maillog
 from releaser.ledger import Ledger, LedgerError
 from releaser.maillog import LOG
 from releaser.mysql_log import Shipper
@@ -90,8 +90,12 @@ class Daemon:
         os.umask(0o077)
         try:
             settings = config.load(self._file)
-            private.check(settings.spool, settings.state)
-        except (config.ConfigError, private.NotOurs) as error:
+            started_as_root = os.geteuid() == 0
+            self._identity = identity.settle(settings.spool, settings.state)
+            if started_as_root and os.geteuid() != 0:
+                # It is read again whenever it changes: better to fail now than then.
+                settings = config.load(self._file)
+        except (config.ConfigError, identity.NotOurs) as error:
             raise Stop(os.EX_CONFIG, str(error)) from None
         # Held until the process ends, however it ends.
         locks = [lock(f"{settings.spool}/active"), lock(settings.state)]
@@ -109,7 +113,7 @@ class Daemon:
             signal.signal(number, self._signal)
         # Taken before the first scan, so that a change made meanwhile is seen.
         self._signature = config.signature(self._file)
-        releaser = Releaser(settings, Ledger(settings.state, create=True), self._wake.nudge)
+        releaser = Releaser(settings, Ledger(settings.state, create=True), self._wake.nudge, self._identity.private)
         self._use_log(settings)
         if not self._once:
             self._start_watch(settings)
@@ -129,10 +133,11 @@ class Daemon:
         next_check = time.monotonic() + layout.SCAN_INTERVAL
         while not self._stopping:
             bells, touched = self._wake.take()
-            releaser.rung(bells)
-            if self._reload or touched or time.monotonic() >= next_check:
+            # The command rings when it has made a vhost: its users are known before its mail is looked at.
+            if self._reload or touched or layout.CONTROL_BELL in bells or time.monotonic() >= next_check:
                 next_check = time.monotonic() + layout.SCAN_INTERVAL
                 self._check(releaser)
+            releaser.rung(bells)
             pause = releaser.step()
             if self._once and releaser.idle:
                 return

@@ -13,7 +13,7 @@ MAX_CLAIM = 1000
 
 # Lines that enqueue writes, and lines that only the releaser writes; each once, but for Recipient and Failed.
 SUBMITTED = ("Layout", "Vhost", "Sender", "Recipient", "Arrived", "Uid", "Cwd", "Program", "Script", "Message-Id")
-VERIFIED = ("Queue-Id", "Source", "Owner", "Picked-Up", "Held", "Reason", "Failed")
+VERIFIED = ("Queue-Id", "Source", "Owner", "Picked-Up", "Held", "Reason", "Verified", "Failed")
 MANY = ("Recipient", "Failed")
 
 _WIDE = r"\u00a0-\ud7ff\ue000-\U0010ffff"
@@ -58,6 +58,8 @@ class Envelope:
     picked_up: str = ""
     held: str = ""
     reason: str = ""
+    # "no" where the vhost is only claimed.
+    verified: str = ""
     failed: tuple[str, ...] = field(default=())
 
     def with_(self, **changes: object) -> "Envelope":

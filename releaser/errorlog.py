@@ -4,6 +4,8 @@ import os
 import stat
 import time
 
+from releaser.limits import Limit
+
 PREFIX = "[secure-sendmail]"
 
 
@@ -13,39 +15,88 @@ class NotWritten(OSError):
 
 def collected(now: float, rows: int, retention: int) -> str:
     """The line that garbage collection writes; RETENTION in seconds, NOW since 1970."""
-    return f"[{time.asctime(time.localtime(now))}] {PREFIX} GC was run ({rows} rows older than {_span(retention)} deleted)"
+    return f"{_stamp(now)} {PREFIX} GC was run ({rows} rows older than {_span(retention)} deleted)"
+
+
+def exceeded(now: float, vhost: str, limit: Limit, over_limit: str) -> str:
+    """The warning that the original wrote, and behind it what becomes of the mail. NOW in seconds since 1970."""
+    span = f"{limit.seconds // 60} minutes" if limit.seconds % 60 == 0 else f"{limit.seconds} seconds"
+    becomes = {
+        "hold": "mail over the limit is held for review",
+        "observe": 'mail over the limit is sent all the same, over_limit is "observe"',
+    }[over_limit]
+    return f"{_stamp(now)} {PREFIX} domain {vhost}: exceeded limit for {span} ({limit.count}): {becomes}"
+
+
+def ended(now: float, vhost: str, messages: int, observed: bool, since: float) -> str:
+    """The line at the end of an incident that began SINCE."""
+    count = f"{messages} message{'' if messages == 1 else 's'} {'would have been ' if observed else ''}held"
+    return f"{_stamp(now)} {PREFIX} domain {vhost}: within its limits again ({count} since {_asctime(since)})"
 
 
 def append(path: str, line: str, not_inside: tuple[str, ...]) -> None:
     """Add LINE to the regular file PATH, reached without following a link; made only in a directory of our own.
 
-    Raises NotWritten, also for a path below one of NOT_INSIDE.
+    Raises NotWritten, also for a path inside one of NOT_INSIDE.
     """
-    if any(f"{path}/".startswith(f"{directory}/") for directory in not_inside) or "/../" in path:
-        raise NotWritten(f"{path}: an error log must not lie in {' or '.join(not_inside)}")
-    *parents, name = path.strip("/").split("/")
-    directory = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        for parent in parents:
-            inner = os.open(parent, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-            os.close(directory)
-            directory = inner
-        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-        if os.fstat(directory).st_uid == os.geteuid():
-            flags |= os.O_CREAT
-        fd = os.open(name, flags, 0o640, dir_fd=directory)
+        fd = _open(path, not_inside, create=True)
     except OSError as error:
-        raise NotWritten(f"{path}: {error.strerror}") from None
-    finally:
-        os.close(directory)
+        raise NotWritten(f"{path}: {error.strerror or error}") from None
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise NotWritten(f"{path}: not a regular file")
         os.write(fd, line.encode() + b"\n")
     except OSError as error:
         raise NotWritten(f"{path}: {error.strerror or error}") from None
     finally:
         os.close(fd)
+
+
+def problem(path: str, not_inside: tuple[str, ...]) -> str | None:
+    """Why append() would fail, as far as that can be known without writing."""
+    try:
+        os.close(_open(path, not_inside, create=False))
+    except OSError as error:
+        return f"{path}: {error.strerror or error}"
+    return None
+
+
+def _open(path: str, not_inside: tuple[str, ...], create: bool) -> int:
+    """PATH, for appending; without CREATE /dev/null where it would be made. Raises OSError."""
+    closed = {(status.st_dev, status.st_ino) for status in map(os.stat, not_inside)}
+    *parents, name = path.strip("/").split("/")
+    way = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for parent in parents:
+            inner = os.open(parent, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=way)
+            os.close(way)
+            way = inner
+            status = os.fstat(way)
+            if parent == ".." or (status.st_dev, status.st_ino) in closed:
+                raise NotWritten(f"an error log must not lie in {' or '.join(not_inside)}, nor be named with '..'")
+        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        ours = os.fstat(way).st_uid == os.geteuid()
+        try:
+            fd = os.open(name, flags | (os.O_CREAT if ours and create else 0), 0o640, dir_fd=way)
+        except FileNotFoundError:
+            if ours and not create:
+                return os.open(os.devnull, flags)
+            raise
+    finally:
+        os.close(way)
+    status = os.fstat(fd)
+    # A second name could be that of a file that is meant for something else.
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(fd)
+        raise NotWritten("not a regular file with one name")
+    return fd
+
+
+def _asctime(now: float) -> str:
+    return time.asctime(time.localtime(now))
+
+
+def _stamp(now: float) -> str:
+    return f"[{_asctime(now)}]"
 
 
 def _span(seconds: int) -> str:

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from releaser import envelope, layout, maillog, mailqueue, mta, pickup, startup
 from releaser.batch import Batch
-from releaser.ledger import ACTIVE, DONE, FAILED, Ledger, Row
+from releaser.ledger import ACTIVE, DONE, FAILED, HELD, Ledger, Row, utc
 from releaser.limits import Account
 from releaser.maildrops import Maildrops
 from releaser.maillog import LOG
@@ -53,7 +53,7 @@ class HandOver:
         spool: str,
         book: Ledger,
         drops: Maildrops,
-        account: Callable[[str], Account],
+        accounts: Callable[[Row], list[Account]],
         wake: Callable[[], None],
         mta_url: str,
         give_up: int,
@@ -63,12 +63,12 @@ class HandOver:
         self._results: mta.Results = mta.Results()
         self.senders = Senders(mta_url, wake, self._results)
         self.give_up = give_up
-        # Vhosts with a message in flight: one at a time keeps their mail in order.
+        # Maildrops with a message in flight: one at a time keeps their mail in order.
         self.busy: set[str] = set()
         self._spool = spool
         self._ledger = book
         self._drops = drops
-        self._account = account
+        self._accounts = accounts
         self._flights: dict[str, Flight] = {}
         # What waits for its time, and, by vhost, what is due and waits for its turn.
         self._retries: list[tuple[float, str]] = []
@@ -96,7 +96,7 @@ class HandOver:
     @property
     def next_retry(self) -> float | None:
         """When something in active/ can be tried, in seconds since 1970; None: nothing waits but for a vhost in flight."""
-        if self._may_retry and any(vhost not in self.busy for vhost in self._due):
+        if self._may_retry and any(name not in self.busy for name in self._due):
             return 0.0
         return self._retries[0][0] if self._retries else None
 
@@ -116,6 +116,11 @@ class HandOver:
         self.senders = Senders(url, self._wake, self._results)
         self._down_until = self._backoff = 0.0
 
+    def carry_over(self, old: str, new: str) -> None:
+        """What waits for OLD's turn waits for NEW's."""
+        if old in self._due:
+            self._due.setdefault(new, deque()).extend(self._due.pop(old))
+
     def later(self, stamp: float, queue_id: str) -> None:
         """Try the message in active/ at STAMP."""
         heapq.heappush(self._retries, (stamp, queue_id))
@@ -126,30 +131,34 @@ class HandOver:
         if not flight.untried:
             flight.untried = list(flight.row.remaining)
         self._flights[flight.row.queue_id] = flight
-        self.busy.add(flight.row.vhost)
+        self.busy.add(flight.row.maildrop)
         batch.put(flight.row)
         batch.then(partial(self._dispatch, flight))
 
     def retry(self, batch: Batch) -> None:
-        """Begin again what waits in active/ and is due, the vhosts in turn."""
+        """Begin again what waits in active/ and is due, the maildrops in turn."""
         while self._retries and self._retries[0][0] <= time.time():
             _, queue_id = heapq.heappop(self._retries)
             row = self._ledger.row(queue_id)
             if row is not None and row.state == ACTIVE:
-                self._due.setdefault(row.vhost, deque()).append(queue_id)
-        for vhost in list(self._due):
+                self._due.setdefault(row.maildrop, deque()).append(queue_id)
+        for name in list(self._due):
             if not self.room or not self._may_retry:
                 return
-            if vhost not in self.busy:
-                waiting = self._due.pop(vhost)
+            if name not in self.busy:
+                waiting = self._due.pop(name)
                 self._retry_one(batch, waiting.popleft())
                 if waiting:
                     # Behind the others.
-                    self._due[vhost] = waiting
+                    self._due[name] = waiting
 
     def _retry_one(self, batch: Batch, queue_id: str) -> None:
         row = self._ledger.row(queue_id)
         if row is None or row.state != ACTIVE or queue_id in self._flights:
+            return
+        stopped = self._ledger.stopped(row.vhost) if row.decision != "release" else None
+        if stopped is not None:
+            self._hold(batch, row, stopped)
             return
         try:
             with self.open(queue_id) as stream:
@@ -172,6 +181,16 @@ class HandOver:
         row.attempts += 1
         self.begin(batch, Flight(row, partial(self.open, queue_id), ascii_only, again=again))
 
+    def _hold(self, batch: Batch, row: Row, reason: str) -> None:
+        """S5 -> S7: its vhost was stopped while it waited for the MTA."""
+        row.state, row.reason, row.held_at, row.next_try = HELD, reason, utc(time.time()), None
+        # Once released, it has all its time again.
+        row.deferred_at = None
+        batch.put(row)
+        batch.log_all("held", row, reason)
+        batch.then(partial(startup.place, self._spool, row))
+        LOG.warning(maillog.held(row.queue_id, row.vhost, len(row.remaining), reason))
+
     def open(self, queue_id: str) -> BinaryIO:
         """The message of a file in active/. Raises what mailqueue.read() does."""
         return mailqueue.read(layout.path(self._spool, "active", queue_id))[1]
@@ -181,7 +200,7 @@ class HandOver:
         while not self._results.empty():
             job, result = self._results.get()
             flight = self._flights.pop(job.queue_id)
-            self.busy.discard(flight.row.vhost)
+            self.busy.discard(flight.row.maildrop)
             if isinstance(result, Unreachable):
                 self._unreachable(batch, flight, str(result))
                 continue
@@ -204,7 +223,7 @@ class HandOver:
             self._down_until = time.time() + self._backoff
             LOG.error(maillog.mta_down(words, self._backoff))
         # Nothing of this message has ever reached the MTA.
-        untouched = not flight.answered and (row.vhost, row.source) not in self._drops.known
+        untouched = not flight.answered and (row.maildrop, row.source) not in self._drops.known
         row.attempts -= 1
         unclear = any(outcome.kind is Kind.UNKNOWN for outcome in flight.deferred)
         row.attempt_open = int(flight.again or unclear)
@@ -217,14 +236,15 @@ class HandOver:
         flight.original.close()
         if untouched:
             # S4 -> S3 for a larger one, and the reservation is given back.
-            self._account(row.vhost).cancel(row.queue_id)
+            for account in self._accounts(row):
+                account.cancel(row.queue_id)
             batch.forget(row.queue_id)
             batch.then(partial(mailqueue.remove, self._spool, "active", row.queue_id))
         else:
             # Some recipients have it, or may have it: it is still this message when it is read again.
-            self._drops.known[row.vhost, row.source or ""] = row
+            self._drops.known[row.maildrop, row.source or ""] = row
             batch.put(row)
-        self._drops.give_back(row.vhost, (row.source or "").encode())
+        self._drops.give_back(row.maildrop, (row.source or "").encode())
 
     def _outcome(self, batch: Batch, flight: Flight, outcomes: list[Outcome]) -> None:
         row, now = flight.row, time.time()
@@ -258,7 +278,8 @@ class HandOver:
             return
         if row.limited and row.counted_at is None:
             row.counted_at = now
-            self._account(row.vhost).confirm(row.queue_id, now, row.recipients)
+            for account in self._accounts(row):
+                account.confirm(row.queue_id, now, row.recipients)
         if row.remaining:
             self._defer(batch, flight, now)
         else:
@@ -300,7 +321,7 @@ class HandOver:
         head = envelope.Envelope(
             vhost=row.vhost, recipients=tuple(recipients), sender=row.sender, arrived=row.arrived_at, cwd=row.cwd,
             script=row.script, message_id=row.message_id, queue_id=row.queue_id, source=row.source or "", owner=str(row.uid),
-            picked_up=row.picked_up_at, held=row.held_at or "", reason=row.reason,
+            picked_up=row.picked_up_at, held=row.held_at or "", reason=row.reason, verified="" if row.verified else "no",
             failed=tuple(f"{address} {words}" for address, words in row.refused),
         )  # fmt: skip
         with flight.message() as stream:

@@ -3,25 +3,52 @@
 import os
 import re
 import time
+from typing import NamedTuple
 
 # The layout that this program writes; it reads every one up to it.
 LAYOUT = 1
 
-# Below SPOOL, with their modes in private mode. Made by `secure-sendmail vhost add`, compared by `check`.
+
+class Place(NamedTuple):
+    """A directory, FIFO or file: "root", "releaser" or "customer" as owner and group, and its mode.
+
+    In private mode everything is one uid's; a directory's mode is PRIVATE_MODE then, a bell's BELL_PRIVATE_MODE.
+    """
+
+    owner: str
+    group: str
+    mode: int
+
+
+PRIVATE_MODE, BELL_PRIVATE_MODE = 0o700, 0o600
+SPOOL = Place("root", "root", 0o711)
+# Below SPOOL. Made by `secure-sendmail vhost add`, compared by `check`.
 DIRECTORIES = {
-    "vhosts": 0o700,
-    "wake": 0o700,
-    "active": 0o700,
-    "hold": 0o700,
-    "failed": 0o700,
-    "corrupt": 0o700,
-    "trash": 0o700,
+    "vhosts": Place("root", "releaser", 0o751),
+    "wake": Place("root", "releaser", 0o751),
+    "active": Place("releaser", "releaser", 0o700),
+    "hold": Place("releaser", "releaser", 0o700),
+    "failed": Place("releaser", "releaser", 0o700),
+    "corrupt": Place("releaser", "releaser", 0o700),
+    "trash": Place("releaser", "releaser", 0o700),
 }
-VHOST_DIRECTORIES = {"": 0o700, "tmp": 0o700, "new": 0o700}
+# The gate, which lets one group or the users of an ACL through; nobody can list what lies behind it.
+VHOST_DIRECTORIES = {
+    "": Place("releaser", "customer", 0o2710),
+    "tmp": Place("releaser", "releaser", 0o3733),
+    "new": Place("releaser", "releaser", 0o3733),
+}
+BELL = Place("releaser", "customer", 0o620)
+POLICY_MODE = 0o644
+# The shared maildrop of all vhosts that have none of their own: a name that no vhost can have, open to everyone.
+UNREGISTERED = "_unregistered"
+UNREGISTERED_GATE = Place("releaser", "releaser", 0o2711)
+UNREGISTERED_BELL = Place("releaser", "releaser", 0o622)
 QUEUES = ("active", "hold", "failed", "corrupt", "trash")
 
 # The bell that the administrator's command rings; a vhost's own has a random name.
 CONTROL_BELL = "control"
+CONTROL_BELL_PLACE = Place("releaser", "releaser", 0o600)
 
 # Woken: look at once. Not woken: look every SCAN_INTERVAL seconds anyway. Never spin.
 SCAN_INTERVAL = 30
@@ -51,6 +78,11 @@ def is_vhost(text: str) -> bool:
     return bool(_VHOST.match(text))
 
 
+def is_maildrop(text: str) -> bool:
+    """The name of a directory below vhosts/."""
+    return text == UNREGISTERED or is_vhost(text)
+
+
 def is_bell(text: str) -> bool:
     return bool(_BELL.match(text))
 
@@ -73,8 +105,8 @@ def partial(spool: str, queue: str, queue_id: str) -> str:
     return f"{spool}/{queue}/.{os.path.basename(path(spool, queue, queue_id))}"
 
 
-def maildrop(spool: str, vhost: str) -> str:
-    """The vhost's directory. Raises ValueError on what is no host name."""
-    if not is_vhost(vhost):
-        raise ValueError(f"{vhost[:80]!r} is not a host name such as www.example.com")
-    return f"{spool}/vhosts/{vhost}"
+def maildrop(spool: str, name: str) -> str:
+    """The directory of vhost NAME, or the shared one. Raises ValueError on what is no host name."""
+    if not is_maildrop(name):
+        raise ValueError(f"{name[:80]!r} is not a host name such as www.example.com")
+    return f"{spool}/vhosts/{name}"

@@ -15,7 +15,6 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
-VERSION = 1
 FILE = "ledger.sqlite"
 
 # States of a message. The directory that holds it: ACTIVE new/ or active/, HELD hold/, TRASHED trash/, FAILED failed/,
@@ -33,7 +32,7 @@ ACTIVE, HELD, TRASHED, FAILED, CORRUPT, DONE, UNKNOWN = (
 # What a person can decide, and the state it applies to.
 DECISIONS = {"release": HELD, "delete": HELD, "undelete": TRASHED}
 
-SCHEMA = """
+SCHEMA_1 = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE message (
     queue_id TEXT PRIMARY KEY,
@@ -103,6 +102,46 @@ CREATE INDEX mail_log_queue_id ON mail_log (queue_id);
 CREATE INDEX mail_log_logged_at ON mail_log (logged_at);
 """
 
+# The directory below vhosts/ that it came from, where that is not the vhost's own; incidents; decisions about vhosts.
+SCHEMA_2 = """
+ALTER TABLE message ADD COLUMN maildrop TEXT NOT NULL DEFAULT '';
+UPDATE message SET maildrop = vhost;
+CREATE INDEX message_usage_of_uid ON message (uid, counted_at) WHERE verified = 0 AND counted_at IS NOT NULL;
+CREATE TABLE incident (
+    id INTEGER PRIMARY KEY,
+    vhost TEXT NOT NULL,
+    -- Seconds since 1970: the first and the last mail over a limit, the end, and when the notice was sent.
+    opened_at REAL NOT NULL,
+    last_at REAL NOT NULL,
+    ended_at REAL,
+    notified_at REAL,
+    -- Mail over the limit; 1 where over_limit is "observe", and it was sent.
+    held INTEGER NOT NULL,
+    observed INTEGER NOT NULL,
+    limit_text TEXT NOT NULL,
+    warning TEXT NOT NULL
+);
+CREATE INDEX incident_unfinished ON incident (id) WHERE ended_at IS NULL OR notified_at IS NULL;
+CREATE INDEX incident_notified ON incident (notified_at) WHERE notified_at IS NOT NULL;
+CREATE TABLE stopped (
+    vhost TEXT PRIMARY KEY,
+    since TEXT NOT NULL,
+    actor TEXT NOT NULL,
+    why TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE renamed (
+    id INTEGER PRIMARY KEY,
+    old TEXT NOT NULL,
+    new TEXT NOT NULL,
+    actor TEXT NOT NULL,
+    executed_at TEXT
+);
+"""
+
+# Each makes, of the version before it, the version that is its place here.
+SCHEMAS = (SCHEMA_1, SCHEMA_2)
+VERSION = len(SCHEMAS)
+
 # What the partial index on states says; a query repeats it, or the index is not used.
 UNFINISHED = "state NOT IN ('done', 'unknown')"
 
@@ -168,6 +207,11 @@ class Row:
     decision: str | None = None
     executed_at: str | None = None
     why: str = ""
+    # The directory below vhosts/ that it came from.
+    maildrop: str = ""
+
+    def __post_init__(self) -> None:
+        self.maildrop = self.maildrop or self.vhost
 
 
 _COLUMNS = tuple(field.name for field in fields(Row))
@@ -176,6 +220,25 @@ _PUT = (
     f"INSERT INTO message ({', '.join(_COLUMNS)}) VALUES ({', '.join(':' + name for name in _COLUMNS)}) "
     f"ON CONFLICT (queue_id) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in _COLUMNS[1:])}"
 )
+
+
+@dataclass
+class Incident:
+    """Mail of a vhost over its limits; the columns of table incident. Times are seconds since 1970."""
+
+    vhost: str
+    opened_at: float
+    last_at: float
+    observed: int
+    limit_text: str
+    warning: str
+    held: int = 1
+    ended_at: float | None = None
+    notified_at: float | None = None
+    id: int | None = None
+
+
+_INCIDENT_COLUMNS = tuple(field.name for field in fields(Incident))
 
 
 def utc(stamp: float) -> str:
@@ -214,11 +277,11 @@ class Ledger:
         found = self._db.execute("PRAGMA user_version").fetchone()[0]
         if found > VERSION:
             raise LedgerError(f"{path}: version {found} is newer than {VERSION}, which this program knows; upgrade it")
-        if found == 0:
+        if found < VERSION:
+            node = f"INSERT INTO meta VALUES ('node', '{os.urandom(8).hex()}');" if not found else ""
             try:
                 self._db.executescript(
-                    f"BEGIN IMMEDIATE; {SCHEMA} INSERT INTO meta VALUES ('node', '{os.urandom(8).hex()}'); "
-                    f"PRAGMA user_version = {VERSION}; COMMIT;"
+                    f"BEGIN IMMEDIATE; {''.join(SCHEMAS[found:])} {node} PRAGMA user_version = {VERSION}; COMMIT;"
                 )
             except sqlite3.OperationalError:
                 # Another process has made it in this moment.
@@ -308,6 +371,138 @@ class Ledger:
         )
         return [(found[0], found[1]) for found in self._db.execute(sql, (vhost,))]
 
+    def usage_of_uid(self, uid: int, since: float) -> list[tuple[float, int]]:
+        """(stamp, recipients) of what UID sent after SINCE through the shared maildrop, in order of time."""
+        sql = (
+            "SELECT counted_at, recipients FROM message WHERE uid = ? AND verified = 0 AND counted_at > ? "
+            "AND counted_at IS NOT NULL ORDER BY counted_at"
+        )
+        return [(found[0], found[1]) for found in self._db.execute(sql, (uid, since))]
+
+    def reserved_of_uid(self, uid: int) -> list[tuple[str, int]]:
+        """(queue id, recipients) of what UID has under way through the shared maildrop."""
+        sql = (
+            "SELECT queue_id, recipients FROM message WHERE state = 'active' AND uid = ? AND NOT verified AND limited "
+            f"AND counted_at IS NULL AND {UNFINISHED}"
+        )
+        return [(found[0], found[1]) for found in self._db.execute(sql, (uid,))]
+
+    # Incidents.
+
+    def put_incident(self, incident: Incident) -> None:
+        """Write INCIDENT, which has its id from then on."""
+        columns = _INCIDENT_COLUMNS[:-1]
+        values = [getattr(incident, name) for name in columns]
+        if incident.id is None:
+            places = ", ".join("?" * len(columns))
+            incident.id = self._db.execute(f"INSERT INTO incident ({', '.join(columns)}) VALUES ({places})", values).lastrowid
+        else:
+            changes = ", ".join(f"{name} = ?" for name in columns)
+            self._db.execute(f"UPDATE incident SET {changes} WHERE id = ?", (*values, incident.id))
+
+    def incidents(self) -> list[Incident]:
+        """Those that have not ended, or of which no notice was sent, oldest first."""
+        sql = f"SELECT {', '.join(_INCIDENT_COLUMNS)} FROM incident WHERE ended_at IS NULL OR notified_at IS NULL ORDER BY id"
+        return [Incident(**dict(found)) for found in self._db.execute(sql)]
+
+    def notices(self, since: float) -> int:
+        """How many notices were sent after SINCE; those of one summary have one time."""
+        sql = "SELECT count(DISTINCT notified_at) FROM incident WHERE notified_at > ?"
+        return int(self._db.execute(sql, (since,)).fetchone()[0])
+
+    def top_script(self, vhost: str, since: float) -> tuple[str, int] | None:
+        """The script, as claimed, that most of VHOST's log rows after SINCE name, and how many."""
+        sql = (
+            "SELECT script, count(*) FROM mail_log WHERE logged_at >= ? AND vhost = ? AND script <> '' "
+            "GROUP BY script ORDER BY count(*) DESC LIMIT 1"
+        )
+        found = self._db.execute(sql, (utc(since), vhost)).fetchone()
+        return (found[0], found[1]) if found else None
+
+    # Decisions about vhosts.
+
+    def stopped(self, vhost: str) -> str | None:
+        """Why, and by whom, everything of VHOST is held; None where it is not."""
+        found = self._db.execute("SELECT actor, why FROM stopped WHERE vhost = ?", (vhost,)).fetchone()
+        return f"stopped by {found[0]}: {found[1]}" if found else None
+
+    def stops(self) -> list[dict[str, Any]]:
+        """The vhosts that are stopped: vhost, since, actor, why."""
+        return [dict(found) for found in self._db.execute("SELECT vhost, since, actor, why FROM stopped ORDER BY vhost")]
+
+    def stop(self, vhost: str, actor: str, why: str) -> bool:
+        """Hold everything of VHOST from now on; whether it was not stopped before."""
+        with self.transaction():
+            now = time.time()
+            sql = "INSERT OR IGNORE INTO stopped (vhost, since, actor, why) VALUES (?, ?, ?, ?)"
+            if not self._db.execute(sql, (vhost, utc(now), actor, why)).rowcount:
+                return False
+            self._log_vhost("stopped", vhost, now, why, actor)
+        return True
+
+    def resume(self, vhost: str, actor: str, why: str) -> bool:
+        """End a stop; whether there was one."""
+        with self.transaction():
+            if not self._db.execute("DELETE FROM stopped WHERE vhost = ?", (vhost,)).rowcount:
+                return False
+            self._log_vhost("resumed", vhost, time.time(), why, actor)
+        return True
+
+    def rename(self, old: str, new: str, actor: str) -> None:
+        """Let the releaser carry what it knows of OLD over to NEW as soon as the maildrop has that name."""
+        with self.transaction():
+            if not self._db.execute(
+                "SELECT 1 FROM renamed WHERE old = ? AND new = ? AND executed_at IS NULL", (old, new)
+            ).fetchone():
+                self._db.execute("INSERT INTO renamed (old, new, actor) VALUES (?, ?, ?)", (old, new, actor))
+
+    def cancel_rename(self, old: str, new: str) -> None:
+        with self.transaction():
+            self._db.execute("DELETE FROM renamed WHERE old = ? AND new = ? AND executed_at IS NULL", (old, new))
+
+    def renames(self) -> list[tuple[str, str]]:
+        """(old, new) of what is to be carried over, in order."""
+        sql = "SELECT old, new FROM renamed WHERE executed_at IS NULL ORDER BY id"
+        return [(found[0], found[1]) for found in self._db.execute(sql)]
+
+    def former_names(self, vhost: str) -> set[str]:
+        """The names that VHOST had before."""
+        sql = (
+            "WITH RECURSIVE former(name) AS (SELECT old FROM renamed WHERE new = ? UNION "
+            "SELECT old FROM renamed JOIN former ON new = name) SELECT name FROM former"
+        )
+        return {found[0] for found in self._db.execute(sql, (vhost,))}
+
+    def carry_over(self, old: str, new: str) -> None:
+        """Give everything that is under way, held or counted of OLD to NEW; the log keeps the names of its time."""
+        with self.transaction():
+            changes = "vhost = ?, maildrop = CASE maildrop WHEN ? THEN ? ELSE maildrop END"
+            for where in ("counted_at IS NOT NULL", UNFINISHED):
+                self._db.execute(f"UPDATE message SET {changes} WHERE vhost = ? AND {where}", (new, old, new, old))
+            self._db.execute("UPDATE incident SET vhost = ? WHERE vhost = ?", (new, old))
+            self._db.execute("UPDATE OR IGNORE stopped SET vhost = ? WHERE vhost = ?", (new, old))
+            self._db.execute("DELETE FROM stopped WHERE vhost = ?", (old,))
+            pending = "old = ? AND new = ? AND executed_at IS NULL"
+            found = self._db.execute(f"SELECT actor FROM renamed WHERE {pending}", (old, new)).fetchone()
+            now = time.time()
+            self._db.execute(f"UPDATE renamed SET executed_at = ? WHERE {pending}", (utc(now), old, new))
+            self._log_vhost("renamed", new, now, f"was {old}", found[0] if found else "")
+
+    def _log_vhost(self, event: str, vhost: str, now: float, reason: str, actor: str) -> None:
+        """A log row about a vhost itself."""
+        row = Row(
+            queue_id="", vhost=vhost, state=DONE, source=None, digest="", recipients=0, remaining=[], sender="", size=0,
+            arrived_at=utc(now), picked_up_at=utc(now), uid=os.getuid(), verified=1, message_id="", subject="", script="",
+            cwd="", reason=reason, refused=[],
+        )  # fmt: skip
+        self.log(event, row, now, [("", reason, "")], actor)
+
+    def mail_of(self, vhost: str) -> dict[str, int]:
+        """The number of VHOST's messages in each state that is not final, and how many have an open attempt."""
+        sql = f"SELECT state, count(*), sum(attempt_open) FROM message WHERE {UNFINISHED} AND vhost = ? GROUP BY state"
+        found = list(self._db.execute(sql, (vhost,)))
+        return {row[0]: row[1] for row in found} | {"in flight": sum(row[2] for row in found)}
+
     # What is shipped to MySQL: the rows of mail_log behind the last one that is known to be there.
 
     def shipped(self) -> int:
@@ -359,6 +554,11 @@ class Ledger:
                 if changed.rowcount == 1:
                     done.append(queue_id)
         return done
+
+    def delete_held(self, vhost: str, actor: str, why: str) -> int:
+        """Decide to delete all held mail of VHOST; return how many."""
+        sql = f"SELECT queue_id FROM message WHERE {UNFINISHED} AND state = 'held' AND vhost = ?"
+        return len(self.decide("delete", [found[0] for found in self._db.execute(sql, (vhost,))], actor, why))
 
     def undone(self, decision: str) -> list[str]:
         """Messages for which DECISION is recorded but not carried out; for a release, until the MTA's first answer."""

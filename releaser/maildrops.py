@@ -49,6 +49,8 @@ class Maildrops:
         # Taken up and not yet removed from new/: never listed again, or they would be decided twice.
         self._taken: set[tuple[str, bytes]] = set()
         self._next_cleaning = 0.0
+        # Maildrops that have been renamed, until what is known of the old name is carried over.
+        self.frozen: set[str] = set()
         # Files in new/ that the ledger knows: an open attempt, or an outcome whose file is still to be removed.
         self.known: dict[tuple[str, str], Row] = {}
         # Queue ids whose file in new/ has been removed since the ledger was told last.
@@ -57,10 +59,13 @@ class Maildrops:
     def __len__(self) -> int:
         return len(self._drops)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._drops
+
     def scan(self) -> None:
         """Look at every maildrop, also those made since the last time, whether or not a bell was heard."""
         with os.scandir(f"{self._spool}/vhosts") as entries:
-            found = {e.name for e in entries if layout.is_vhost(e.name) and e.is_dir(follow_symlinks=False)}
+            found = {e.name for e in entries if layout.is_maildrop(e.name) and e.is_dir(follow_symlinks=False)}
         for vhost in self._drops.keys() - found:
             self._forget(vhost)
         for vhost in found:
@@ -94,7 +99,7 @@ class Maildrops:
         for _ in range(len(self._turn)):
             vhost = self._turn.popleft()
             drop = self._drops[vhost]
-            if vhost in busy:
+            if vhost in busy or vhost in self.frozen:
                 self._turn.append(vhost)
                 continue
             if drop.dirty and not drop.names:
@@ -107,7 +112,7 @@ class Maildrops:
 
     def waiting(self, busy: Container[str]) -> bool:
         """Whether a vhost that is not BUSY may have mail."""
-        return any(vhost not in busy for vhost in self._turn)
+        return any(vhost not in busy and vhost not in self.frozen for vhost in self._turn)
 
     def take(self, vhost: str, name: bytes) -> None:
         """NAME is being decided: it is not listed again until it is given back or removed."""
@@ -131,13 +136,13 @@ class Maildrops:
 
     def path(self, row: Row) -> str:
         """The file in new/ that ROW was read from."""
-        return f"{layout.maildrop(self._spool, row.vhost)}/new/{row.source}"
+        return f"{layout.maildrop(self._spool, row.maildrop)}/new/{row.source}"
 
     def remove(self, row: Row, original: pickup.Submitted) -> None:
         """Unlink new/NAME, if it is still the file that was read; durable outcomes make doing it again harmless."""
         if row.source is None:
             return
-        key = row.vhost, row.source
+        key = row.maildrop, row.source
         there = original.is_at(self.path(row))
         try:
             if there:
@@ -147,19 +152,34 @@ class Maildrops:
         except OSError as error:
             # It is known from now on: when it is met again, it is only removed.
             self.known[key] = row
-            self._taken.discard((row.vhost, row.source.encode()))
-            LOG.error(maillog.left(row.vhost, row.source, f"cannot be removed: {error.strerror}"))
+            self._taken.discard((row.maildrop, row.source.encode()))
+            LOG.error(maillog.left(row.maildrop, row.source, f"cannot be removed: {error.strerror}"))
             return
         finally:
             original.close()
         self.known.pop(key, None)
-        self._taken.discard((row.vhost, row.source.encode()))
-        drop = self._drops.get(row.vhost)
+        self._taken.discard((row.maildrop, row.source.encode()))
+        drop = self._drops.get(row.maildrop)
         if drop is not None and not there:
             # Another file may have its name.
-            self._mark(row.vhost, drop)
+            self._mark(row.maildrop, drop)
         self.removed.append(row.queue_id)
         row.source = None
+
+    def carry_over(self, old: str, new: str) -> None:
+        """What is known of OLD's files is known of NEW's, which are the same files."""
+        for key in [key for key in self.known if key[0] == old]:
+            row = self.known.pop(key)
+            row.maildrop, row.vhost = new, new if row.vhost == old else row.vhost
+            self.known[new, key[1]] = row
+        self._taken = {taken for taken in self._taken if taken[0] != old}
+        self.frozen.discard(new)
+
+    def write_policy(self, name: str) -> None:
+        """Write the policy of NAME, of the shared maildrop where it has none."""
+        name = name if name in self._drops else layout.UNREGISTERED
+        if name in self._drops:
+            self._write_policy(name, self._drops[name])
 
     def write_policies(self) -> None:
         for vhost, drop in self._drops.items():

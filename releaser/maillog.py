@@ -23,6 +23,10 @@ def held(queue_id: str, vhost: str, recipients: int, reason: str) -> str:
     return f"{queue_id}: held vhost={vhost} recipients={recipients} reason={reason!r}"
 
 
+def adopted(queue_id: str, vhost: str, recipients: int, state: str, reason: str) -> str:
+    return f"{queue_id}: {state}, found without a record vhost={vhost} recipients={recipients} reason={reason!r}"
+
+
 def observed(queue_id: str, vhost: str, recipients: int, reason: str) -> str:
     return f"{queue_id}: would have been held vhost={vhost} recipients={recipients} reason={reason!r}"
 
@@ -69,6 +73,10 @@ def reloaded(file: str) -> str:
 
 def not_reloaded(error: str) -> str:
     return f"configuration not loaded, the last good one stays: {error}"
+
+
+def taken_over(old: str, new: str) -> str:
+    return f"renamed vhost={new} was={old}"
 
 
 def observing(sections: list[str]) -> str:

@@ -26,19 +26,19 @@ class NotYet(Exception):
 
 
 class Submitted:
-    """A file in new/, opened and judged: its verified owner, its envelope, its header, and the rest still to be read.
+    """A file in new/, opened and judged: its owner, its envelope, its header, and the rest still to be read.
 
     Raises FileNotFoundError, Corrupt, NotYet.
     """
 
-    def __init__(self, spool: str, vhost: str, name: bytes, owners: frozenset[int], max_size: int) -> None:
-        """OWNERS are the uids that may submit as VHOST; MAX_SIZE is the largest message in bytes."""
-        self.vhost = vhost
+    def __init__(self, spool: str, maildrop: str, name: bytes, max_size: int) -> None:
+        """MAX_SIZE is the largest message in bytes."""
+        self.maildrop = maildrop
         self.name = name
         claimed = layout.submitted_size(name)
         if claimed is None:
             raise Corrupt("not named as a submitted message is")
-        self.path = os.fsencode(layout.maildrop(spool, vhost)) + b"/new/" + name
+        self.path = os.fsencode(layout.maildrop(spool, maildrop)) + b"/new/" + name
         try:
             # Never through a symbolic link, and never waiting for the other end of a FIFO or a lease.
             self._fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -51,18 +51,16 @@ class Submitted:
             raise NotYet(f"cannot be opened now: {error.strerror}") from None
         try:
             self.status = os.fstat(self._fd)
-            self._judge(claimed, owners, max_size)
+            self._judge(claimed, max_size)
             self._digest = hashlib.sha256()
             self._read_head()
         except BaseException:
             self.close()
             raise
 
-    def _judge(self, claimed: int, owners: frozenset[int], max_size: int) -> None:
+    def _judge(self, claimed: int, max_size: int) -> None:
         if not stat.S_ISREG(self.status.st_mode):
             raise Corrupt("not a regular file")
-        if self.status.st_uid not in owners:
-            raise Corrupt(f"owned by uid {self.status.st_uid}, which may not submit as {self.vhost}")
         if self.status.st_size > max_size + envelope.MAX_ENVELOPE:
             # It may have been accepted under another limit: it is not lost, and its owner's quota pays for it.
             raise NotYet(f"larger than max_message_size ({self.status.st_size} bytes); raise that, or remove the file")

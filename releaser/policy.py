@@ -1,16 +1,23 @@
 """The policy file: what the releaser tells enqueue about a vhost. Advisory; grammar: spool_layout.md."""
 
 import os
+from collections.abc import Sequence
 
 from releaser import layout
 from releaser.config import Config
 
 VERSION = 1
+# Seconds.
+UNTIL_STEP = 1800
 
 
-def render(config: Config, vhost: str, bell: str, max_size: int) -> bytes:
-    """The policy of VHOST; MAX_SIZE is the largest message in bytes."""
-    settings = config.vhost(vhost)
+def render(
+    config: Config, name: str, bell: str, max_size: int, warnings: Sequence[tuple[str, str]] = (), now: float = 0
+) -> bytes:
+    """The policy of the maildrop NAME; MAX_SIZE is the largest message in bytes.
+
+    WARNINGS are (vhost, line): enqueue repeats them until an hour after NOW at most, half an hour at least.
+    """
     lines = [
         ("Policy", str(VERSION)),
         ("Bell", bell),
@@ -19,8 +26,13 @@ def render(config: Config, vhost: str, bell: str, max_size: int) -> bytes:
         ("Complaints-Header", config.complaints_header),
         ("Complaints-To", config.complaints_to),
     ]
-    if settings.sender:
-        lines.append(("Sender", settings.sender))
+    sender = config.vhost(name).sender if name != layout.UNREGISTERED else None
+    if sender:
+        lines.append(("Sender", sender))
+    if warnings:
+        # In steps of half an hour, so that the file changes no more often.
+        lines.append(("Until", str(int(now) // UNTIL_STEP * UNTIL_STEP + 2 * UNTIL_STEP)))
+        lines += [("Warning", f"{vhost} {line}") for vhost, line in warnings]
     lines.append(("End", str(VERSION)))
     return "".join(f"{key}: {value}\n" for key, value in lines).encode()
 
@@ -41,7 +53,7 @@ def write(spool: str, vhost: str, text: bytes) -> None:
     path = f"{layout.maildrop(spool, vhost)}/policy"
     with open(f"{path}.new", "wb") as stream:
         stream.write(text)
-    os.chmod(f"{path}.new", 0o640)
+    os.chmod(f"{path}.new", layout.POLICY_MODE)
     os.rename(f"{path}.new", path)
 
 

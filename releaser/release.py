@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from releaser import envelope, layout, ledger, limits, maillog, mailqueue, pickup, policy, startup, usage
+from releaser import envelope, identity, layout, ledger, limits, maillog, mailqueue, pickup, policy, startup, usage
 from releaser.batch import Batch
 from releaser.config import Config, VhostSettings
 from releaser.handover import Flight, HandOver
+from releaser.incidents import Incidents
 from releaser.ledger import ACTIVE, HELD, TRASHED, Ledger, Row
 from releaser.maildrops import Maildrops
 from releaser.maillog import LOG
@@ -28,14 +29,17 @@ ROUND_SECONDS = 0.05
 class Releaser:
     """Takes mail from the maildrops and sees it through. step() does all that can be done now."""
 
-    def __init__(self, config: Config, book: Ledger, wake: Callable[[], None]) -> None:
-        """WAKE is called, from any thread, when there is something for step() to do."""
+    def __init__(self, config: Config, book: Ledger, wake: Callable[[], None], private: bool = True) -> None:
+        """WAKE is called, from any thread, when there is something for step() to do; PRIVATE: one uid owns everything."""
         self.config = config
+        self._private = private
         self._ledger = book
         self._spool = config.spool
-        self._accounts: dict[str, limits.Account] = {}
+        # By vhost, and by uid for what comes through the shared maildrop.
+        self._accounts: dict[str | int, limits.Account] = {}
+        self._incidents = Incidents(config, book)
         self._drops = Maildrops(config.spool, self._policy)
-        self._handover = HandOver(config.spool, book, self._drops, self._account, wake, config.mta_url, config.give_up)
+        self._handover = HandOver(config.spool, book, self._drops, self._accounts_of, wake, config.mta_url, config.give_up)
         self._announced_size = 0
         self._decisions_wait = True
         self._next_scan = 0.0
@@ -44,6 +48,10 @@ class Releaser:
 
     def start(self) -> None:
         """Take up what an earlier run, or a crash, has left."""
+        for old, new in self._ledger.renames():
+            if self._is_renamed(old, new):
+                self._ledger.carry_over(old, new)
+                self._incidents.load()
         taken_up = startup.take_up(self._spool, self._ledger)
         self._drops.known.update(taken_up.known)
         self._drops.removed += taken_up.removed
@@ -56,6 +64,10 @@ class Releaser:
         self._next_scan = time.time() + layout.SCAN_INTERVAL
         self._decisions_wait = True
         self._drops.scan()
+        self._carry_over()
+        for vhost in self._incidents.vhosts:
+            # So that enqueue goes on to repeat the warning.
+            self._drops.write_policy(vhost)
         self._close_vanished()
 
     def rung(self, bells: set[str]) -> None:
@@ -71,6 +83,7 @@ class Releaser:
         self.config = config
         self._handover.give_up = config.give_up
         self._accounts = {}
+        self._incidents.config = config
         self._drops.write_policies()
 
     def step(self) -> float:
@@ -78,6 +91,11 @@ class Releaser:
         batch = Batch(self._ledger)
         self._handover.take_results(batch)
         self._carry_out_decisions(batch)
+        ended, notices = self._incidents.step(batch)
+        for vhost in ended:
+            batch.then(partial(self._drops.write_policy, vhost))
+        for queue_id in notices:
+            batch.then(partial(self._handover.later, 0.0, queue_id))
         if time.time() >= self._handover.down_until:
             # New mail finds out whether the MTA is back: what waits in active/ may be what it hangs up on.
             first, second = self._handover.retry, self._pick_up
@@ -91,6 +109,8 @@ class Releaser:
             self._drops.write_policies()
         if time.time() >= self._next_scan:
             self.scan()
+        elif self._drops.frozen:
+            self._carry_over()
         return self._pause()
 
     @property
@@ -121,7 +141,7 @@ class Releaser:
 
     def _pause(self) -> float:
         now = time.time()
-        due = [self._next_scan]
+        due = [self._next_scan, self._incidents.next]
         if self._decisions_wait:
             return 0
         if self._handover.down_until > now:
@@ -159,10 +179,9 @@ class Releaser:
                 self._drops.leave(vhost, name, f"internal error: {error!r}", trace=True)
 
     def _take(self, batch: Batch, vhost: str, name: bytes) -> None:
-        settings = self.config.vhost(vhost)
+        settings = self._settings(vhost)
         try:
-            # In private mode the one uid that owns the spool is the one that submits.
-            submitted = pickup.Submitted(self._spool, vhost, name, frozenset((os.geteuid(),)), settings.max_message_size)
+            submitted = pickup.Submitted(self._spool, vhost, name, settings.max_message_size)
         except FileNotFoundError:
             return
         except pickup.Corrupt as error:
@@ -170,18 +189,24 @@ class Releaser:
             return
         self._drops.take(vhost, name)
         try:
-            self._decide(batch, submitted, settings)
+            self._decide(batch, submitted)
         except BaseException:
             submitted.close()
             raise
 
-    def _decide(self, batch: Batch, submitted: pickup.Submitted, settings: VhostSettings) -> None:
-        key = submitted.vhost, submitted.name.decode()
+    def _decide(self, batch: Batch, submitted: pickup.Submitted) -> None:
+        key = submitted.maildrop, submitted.name.decode()
         known = self._drops.known.get(key)
         if known is not None and submitted.same_bytes(known.digest):
             if known.state != ACTIVE or known.deferred_at is not None or known.decision is not None:
                 # The unlink that the file system has prevented.
                 batch.then(partial(self._drops.remove, known, submitted))
+                return
+            stopped = self._ledger.stopped(known.vhost)
+            if stopped is not None:
+                # S4 -> S3, where there is a copy.
+                mailqueue.remove(self._spool, "active", known.queue_id)
+                self._hold(batch, known, submitted, stopped)
                 return
             known.attempts += 1
             self._send(batch, known, submitted, again=bool(known.attempt_open))
@@ -189,8 +214,11 @@ class Releaser:
         if known is not None:
             self._replaced(batch, known)
         row = self._new_row(submitted)
-        reason, limited = self._verdict(submitted, row, settings)
-        if reason and not (limited and settings.over_limit == "observe"):
+        settings = self._settings(row.vhost)
+        reason, excess = self._verdict(submitted, row)
+        if excess is not None and self._incidents.over(batch, row.vhost, excess.limit, settings.over_limit):
+            batch.then(partial(self._drops.write_policy, row.vhost))
+        if reason and not (excess and settings.over_limit == "observe"):
             self._hold(batch, row, submitted, reason)
             return
         if reason:
@@ -198,31 +226,61 @@ class Releaser:
             row.reason = f"observed: {reason}"
         row.attempts = 1
         self._send(batch, row, submitted)
-        self._account(row.vhost).reserve(row.queue_id, row.recipients)
+        for account in self._accounts_of(row):
+            account.reserve(row.queue_id, row.recipients)
 
-    def _verdict(self, submitted: pickup.Submitted, row: Row, settings: VhostSettings) -> tuple[str, bool]:
-        """Why the message is to be held, empty if it is not; and whether that is because of a limit."""
-        claimed = submitted.envelope.vhost
-        if claimed != row.vhost:
-            return f"claims to be from {claimed}", False
+    def _verdict(self, submitted: pickup.Submitted, row: Row) -> tuple[str, limits.Excess | None]:
+        """Why the message is to be held, empty if it is not; and the limit, where that is the reason."""
+        reason = self._ledger.stopped(row.vhost) or self._not_theirs(submitted, row)
+        if reason:
+            return reason, None
         if row.size > self._max_size(row.vhost):
-            return f"larger than {self._max_size(row.vhost)} bytes", False
+            return f"larger than {self._max_size(row.vhost)} bytes", None
         if not all(envelope.one_mailbox(recipient) for recipient in row.remaining):
-            return "ambiguous recipient: without a domain, or with % or !, the MTA may take it for many", False
-        excess = self._account(row.vhost).exceeded(row.recipients, time.time())
-        return (excess.reason, True) if excess else ("", False)
+            return "ambiguous recipient: without a domain, or with % or !, the MTA may take it for many", None
+        for account in self._accounts_of(row):
+            excess = account.exceeded(row.recipients, time.time())
+            if excess is not None:
+                of_uid = account is self._accounts.get(row.uid)
+                return f"{excess.reason} of uid {row.uid}" if of_uid else excess.reason, excess
+        return "", None
+
+    def _not_theirs(self, submitted: pickup.Submitted, row: Row) -> str | None:
+        """Why what the message claims to be is not what the kernel says; None where it is, or where nothing can be said."""
+        claimed = submitted.envelope.vhost
+        if submitted.maildrop == layout.UNREGISTERED:
+            registered = claimed in self._drops or claimed in self.config.registered
+            if registered and row.uid not in self._uids(claimed):
+                return f"claims to be from {claimed}, which uid {row.uid} is no user of"
+            if row.uid in (0, os.geteuid()) and not self._private:
+                return f"submitted by {identity.user(row.uid)}, which is no customer"
+            return None
+        if claimed != row.vhost and claimed not in self._ledger.former_names(row.vhost):
+            return f"claims to be from {claimed}"
+        if not row.verified:
+            return f"submitted by uid {row.uid}, which is no user of {row.vhost}"
+        return None
+
+    def _uids(self, vhost: str) -> frozenset[int]:
+        """Who may submit as VHOST: its users, never root nor ourselves; in private mode the one uid that there is."""
+        if self._private:
+            return frozenset((os.geteuid(),))
+        return self.config.uids(vhost) - {0, os.geteuid()}
 
     def _new_row(self, submitted: pickup.Submitted) -> Row:
         found, status = submitted.envelope, submitted.status
         queue_id = layout.new_queue_id()
+        # In the shared maildrop the claim is all there is.
+        vhost = found.vhost if submitted.maildrop == layout.UNREGISTERED else submitted.maildrop
         sender = found.sender
         if sender is None:
-            sender = self.config.vhost(submitted.vhost).sender or _login(status.st_uid)
+            sender = self.config.vhost(vhost).sender or _login(status.st_uid)
         # A recipient named twice is one; enqueue has seen to that, but who writes into new/ need not.
         recipients = list({_comparable(address): address for address in found.recipients}.values())
         return Row(
             queue_id=queue_id,
-            vhost=submitted.vhost,
+            vhost=vhost,
+            maildrop=submitted.maildrop,
             state=ACTIVE,
             source=submitted.name.decode(),
             digest="",
@@ -233,8 +291,8 @@ class Releaser:
             arrived_at=found.arrived if ledger.is_utc(found.arrived) else ledger.utc(status.st_ctime),
             picked_up_at=ledger.utc(time.time()),
             uid=status.st_uid,
-            verified=1,
-            message_id=submitted.header.text("message-id") or f"<{queue_id}@{submitted.vhost}>",
+            verified=int(vhost == submitted.maildrop and status.st_uid in self._uids(vhost)),
+            message_id=submitted.header.text("message-id") or f"<{queue_id}@{vhost}>",
             subject=submitted.header.text("subject"),
             script=found.script,
             cwd=found.cwd,
@@ -244,7 +302,7 @@ class Releaser:
 
     def _replaced(self, batch: Batch, known: Row) -> None:
         """Another message has the name of one that the ledger knows: that one has gone."""
-        self._drops.known.pop((known.vhost, known.source or ""))
+        self._drops.known.pop((known.maildrop, known.source or ""))
         if known.state == ACTIVE and known.deferred_at is None and known.decision is None:
             self._close(batch, known, "another message has its name")
         else:
@@ -252,10 +310,11 @@ class Releaser:
 
     def _close(self, batch: Batch, row: Row, reason: str) -> None:
         """End an attempt whose message has gone; it counts from now on."""
-        account, reserved = self._account(row.vhost), row.limited and row.counted_at is None
+        accounts, reserved = self._accounts_of(row), row.limited and row.counted_at is None
         startup.close_unknown(batch, row, reason)
         if reserved:
-            account.confirm(row.queue_id, row.counted_at or time.time(), row.recipients)
+            for account in accounts:
+                account.confirm(row.queue_id, row.counted_at or time.time(), row.recipients)
 
     def _close_vanished(self) -> None:
         """Open attempts of an earlier run whose file its owner has removed before it was read again."""
@@ -271,6 +330,9 @@ class Releaser:
 
     def _hold(self, batch: Batch, row: Row, submitted: pickup.Submitted, reason: str) -> None:
         """S3 -> S6."""
+        if row.limited and row.counted_at is None:
+            for account in self._accounts_of(row):
+                account.cancel(row.queue_id)
         row.state, row.reason, row.held_at = HELD, reason, ledger.utc(time.time())
         self._store(row, submitted, "hold")
         batch.put(row)
@@ -294,7 +356,7 @@ class Releaser:
         head = submitted.envelope.with_(
             vhost=row.vhost, sender=row.sender, recipients=tuple(row.remaining), queue_id=row.queue_id,
             source=row.source or "", owner=str(row.uid), picked_up=row.picked_up_at, held=row.held_at or "",
-            reason=row.reason, message_id=row.message_id,
+            reason=row.reason, message_id=row.message_id, verified="" if row.verified else "no",
         )  # fmt: skip
         chunks = self._chunks(submitted, row)
         row.size, ascii_only = mailqueue.store(self._spool, target, row.queue_id, head.format(), chunks)
@@ -340,14 +402,56 @@ class Releaser:
 
     # What the configuration says.
 
+    def _settings(self, vhost: str) -> VhostSettings:
+        """What holds for VHOST, for one without a maildrop of its own where that is only claimed."""
+        own = vhost in self._drops and vhost != layout.UNREGISTERED
+        return self.config.vhost(vhost) if own else self.config.unregistered(vhost)
+
+    def _accounts_of(self, row: Row) -> list[limits.Account]:
+        """The accounts that ROW counts for: its vhost's, and its uid's where the vhost is only claimed."""
+        found = [self._account(row.vhost)]
+        if row.maildrop == layout.UNREGISTERED and not self._private:
+            found.append(self._account_of_uid(row.uid))
+        return found
+
     def _account(self, vhost: str) -> limits.Account:
         account = self._accounts.get(vhost)
         if account is None:
-            account = self._accounts[vhost] = usage.account(self._ledger, vhost, self.config.vhost(vhost))
+            account = self._accounts[vhost] = usage.account(self._ledger, vhost, self._settings(vhost))
         return account
 
+    def _account_of_uid(self, uid: int) -> limits.Account:
+        account = self._accounts.get(uid)
+        if account is None:
+            settings = self._settings(layout.UNREGISTERED)
+            account = self._accounts[uid] = usage.account_of_uid(self._ledger, uid, settings)
+        return account
+
+    def _is_renamed(self, old: str, new: str) -> bool:
+        """Whether the maildrop OLD has the name NEW by now."""
+        return os.path.isdir(layout.maildrop(self._spool, new)) and not os.path.lexists(layout.maildrop(self._spool, old))
+
+    def _carry_over(self) -> None:
+        """Let renamed vhosts keep their windows, held mail and stops, as soon as nothing of them is with the MTA."""
+        for old, new in self._ledger.renames():
+            if not self._is_renamed(old, new):
+                continue
+            if old in self._handover.busy:
+                self._drops.frozen.add(new)
+                continue
+            self._ledger.carry_over(old, new)
+            self._drops.carry_over(old, new)
+            self._handover.carry_over(old, new)
+            self._incidents.load()
+            self._accounts = {}
+            self._drops.write_policies()
+            LOG.warning(maillog.taken_over(old, new))
+
     def _policy(self, vhost: str, bell: str) -> bytes:
-        return policy.render(self.config, vhost, bell, self._max_size(vhost))
+        vhosts = [vhost]
+        if vhost == layout.UNREGISTERED:
+            vhosts = [name for name in self._incidents.vhosts if name not in self._drops]
+        return policy.render(self.config, vhost, bell, self._max_size(vhost), self._incidents.warnings(vhosts), time.time())
 
     def _max_size(self, vhost: str) -> int:
         """The largest message in bytes: the configured one, and not more than the MTA takes with our tag."""

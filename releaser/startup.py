@@ -4,8 +4,9 @@ import io
 import os
 import time
 from dataclasses import dataclass, field
+from functools import partial
 
-from releaser import envelope, layout, maillog, mailqueue, pickup
+from releaser import envelope, layout, maillog, mailqueue, message, pickup
 from releaser.batch import Batch
 from releaser.ledger import ACTIVE, CORRUPT, DONE, FAILED, HELD, TRASHED, UNKNOWN, Ledger, Row, utc
 from releaser.maillog import LOG
@@ -36,13 +37,30 @@ def take_up(spool: str, book: Ledger) -> TakenUp:
 
 
 def place(spool: str, row: Row) -> None:
-    """Let the file of ROW lie where its state says: a crash can come between a decision's commit and its rename."""
+    """Let the file of ROW lie where its state says: a crash can come between a commit and the rename behind it."""
     source, target = {HELD: ("trash", "hold"), TRASHED: ("hold", "trash"), ACTIVE: ("hold", "active")}[row.state]
+    if row.state == HELD and os.path.exists(layout.path(spool, "active", row.queue_id)):
+        # Its vhost was stopped while it waited for the MTA.
+        source = "active"
     try:
         mailqueue.move(spool, row.queue_id, source, target)
     except OSError as error:
         missing = f"its file is missing: {error.strerror}; run: secure-sendmail check"
         LOG.error(maillog.unknown(row.queue_id, row.vhost, missing))
+
+
+def close_missing(spool: str, book: Ledger) -> list[str]:
+    """End the held, deleted, refused and corrupt messages whose file is nowhere any more; say which."""
+    said = []
+    batch = Batch(book)
+    for state, name in ((HELD, "hold"), (TRASHED, "trash"), (FAILED, "failed"), (CORRUPT, "corrupt")):
+        for queue_id in set(book.queue_ids(state)) - set(mailqueue.listing(spool, name)):
+            row = book.row(queue_id)
+            if row is not None and not any(os.path.lexists(layout.path(spool, queue, queue_id)) for queue in layout.QUEUES):
+                close_unknown(batch, row, f"{name}/{queue_id} has gone")
+                said.append(f"{queue_id}: {name}/{queue_id} has gone, its outcome is unknown")
+    batch.commit()
+    return said
 
 
 def close_unknown(batch: Batch, row: Row, reason: str) -> None:
@@ -56,11 +74,11 @@ def close_unknown(batch: Batch, row: Row, reason: str) -> None:
 
 
 def _adopt(spool: str, book: Ledger) -> None:
-    """Files in hold/ and active/ without a row: copies whose commit a crash prevented, or a ledger that was lost."""
+    """Files without a row: copies whose commit a crash prevented, or all there is where a ledger was lost."""
     known = set(book.queue_ids(HELD, TRASHED, ACTIVE))
-    for name in ("hold", "active"):
+    for name in ("hold", "active", "trash", "failed"):
         for queue_id in mailqueue.listing(spool, name):
-            if queue_id not in known:
+            if queue_id not in known and (name in ("hold", "active") or book.row(queue_id) is None):
                 try:
                     _adopt_one(spool, book, name, queue_id)
                 except UNREADABLE as error:
@@ -73,28 +91,37 @@ def _adopt_one(spool: str, book: Ledger, name: str, queue_id: str) -> None:
     with stream:
         begin = stream.tell()
         size = stream.seek(0, io.SEEK_END) - begin
-    original = bool(found.source) and os.path.lexists(f"{layout.maildrop(spool, found.vhost)}/new/{found.source}")
+        stream.seek(begin)
+        try:
+            subject = message.read_header(iter(partial(stream.read, pickup.CHUNK), b"")).text("subject")
+        except message.HeaderTooLong:
+            subject = ""
+    drops = (layout.maildrop(spool, found.vhost), layout.maildrop(spool, layout.UNREGISTERED))
+    original = bool(found.source) and any(os.path.lexists(f"{drop}/new/{found.source}") for drop in drops)
     recorded = book.row(queue_id)
     ended = recorded is not None and recorded.state in (DONE, FAILED)
     if ended or (original and recorded is None):
         # The message has ended, or its original is still in new/: the copy is a leftover.
         mailqueue.remove(spool, name, queue_id)
         return
-    if name != "hold":
+    if name == "active":
         mailqueue.move(spool, queue_id, name, "hold")
     row = Row(
-        queue_id=queue_id, vhost=found.vhost, state=HELD, source=None, digest="", recipients=len(found.recipients),
-        remaining=list(found.recipients), sender=found.sender or "", size=size, arrived_at=found.arrived,
-        picked_up_at=found.picked_up, held_at=found.held or utc(time.time()),
-        uid=int(found.owner) if found.owner.isdecimal() else os.geteuid(), verified=1, message_id=found.message_id,
-        subject="", script=found.script, cwd=found.cwd, refused=[],
+        queue_id=queue_id, vhost=found.vhost, state={"trash": TRASHED, "failed": FAILED}.get(name, HELD), source=None, digest="",
+        recipients=len(found.recipients), remaining=list(found.recipients), sender=found.sender or "", size=size,
+        arrived_at=found.arrived, picked_up_at=found.picked_up, held_at=found.held or utc(time.time()),
+        uid=int(found.owner) if found.owner.isdecimal() else os.geteuid(), verified=int(found.verified != "no"),
+        message_id=found.message_id, subject=subject, script=found.script, cwd=found.cwd, refused=[],
         reason=found.reason or "found without a record: it may have been sent already",
     )  # fmt: skip
     batch = Batch(book)
+    batch.log_all({TRASHED: "deleted", FAILED: "failed"}.get(row.state, "held"), row, row.reason)
+    if row.state == FAILED:
+        row.refused = [(address, words) for address, _, words in (line.partition(" ") for line in found.failed)]
+        row.remaining = []
     batch.put(row)
-    batch.log_all("held", row, row.reason)
     batch.commit()
-    LOG.warning(maillog.held(queue_id, row.vhost, row.recipients, row.reason))
+    LOG.warning(maillog.adopted(queue_id, row.vhost, row.recipients, row.state, row.reason))
 
 
 def _remove_unrecorded_failures(spool: str, book: Ledger) -> None:
@@ -125,7 +152,7 @@ def _unfinished(spool: str, book: Ledger) -> TakenUp:
                 os.unlink(_new(spool, row))
             except OSError as error:
                 LOG.error(maillog.left(row.vhost, row.source or "", f"cannot be removed: {error.strerror}"))
-                found.known[row.vhost, row.source or ""] = row
+                found.known[row.maildrop, row.source or ""] = row
                 continue
         found.removed.append(row.queue_id)
     for row in book.rows("state = 'active'"):
@@ -136,12 +163,12 @@ def _unfinished(spool: str, book: Ledger) -> TakenUp:
         if first and pickup.is_same(_new(spool, row), row.digest):
             # S4 -> S3: it is read again from new/, and the copy of a larger message is made again.
             mailqueue.remove(spool, "active", row.queue_id)
-            found.known[row.vhost, row.source or ""] = row
+            found.known[row.maildrop, row.source or ""] = row
         elif copied:
             found.retries.append((row.next_try or 0.0, row.queue_id))
         elif first and not os.path.isdir(os.path.dirname(_new(spool, row))):
             # The maildrop is not there; if it comes back, the message is known.
-            found.known[row.vhost, row.source or ""] = row
+            found.known[row.maildrop, row.source or ""] = row
         else:
             close_unknown(batch, row, "its file has gone")
     batch.commit()
@@ -162,11 +189,12 @@ def corrupt(batch: Batch, queue_id: str, vhost: str, status: os.stat_result, rea
     row = Row(
         queue_id=queue_id, vhost=vhost, state=CORRUPT, source=None, digest="", recipients=0, remaining=[], sender="",
         size=status.st_size, arrived_at=utc(status.st_ctime), picked_up_at=utc(time.time()), uid=status.st_uid,
-        verified=1, message_id="", subject="", script="", cwd="", reason=reason, refused=[], limited=0,
+        verified=int(vhost != layout.UNREGISTERED), message_id="", subject="", script="", cwd="", reason=reason, refused=[],
+        limited=0,
     )  # fmt: skip
     batch.put(row)
     batch.log("corrupt", row, [("", reason, "")])
 
 
 def _new(spool: str, row: Row) -> str:
-    return f"{layout.maildrop(spool, row.vhost)}/new/{row.source}"
+    return f"{layout.maildrop(spool, row.maildrop)}/new/{row.source}"

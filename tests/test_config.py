@@ -66,7 +66,8 @@ def test_shipped_file_lists_every_key() -> None:
     sections[""] = {name for name, value in document.items() if not isinstance(value, dict)}
     assert sections == {section: set(keys) for section, keys in config.SECTIONS.items()}
     (keys,) = vhosts.values()
-    assert set(keys) == set(config.VHOST_KEYS)
+    # The users of a vhost are in its own file alone.
+    assert set(keys) | {"users"} == set(config.VHOST_KEYS)
 
 
 def test_shipped_file_has_the_defaults() -> None:
@@ -107,6 +108,8 @@ def test_defaults_of_a_vhost(tmp_path: Path) -> None:
         over_limit="hold",
         max_message_size=50 * 1024 * 1024,
         sender=None,
+        error_log=None,
+        users=None,
     )
 
 
@@ -216,7 +219,7 @@ BAD = [
     ("[limits]\nmax_message_size = '0'", "[limits] max_message_size", "0", '"50M"'),
     ("[limits]\nmax_message_size = '50m'", "[limits] max_message_size", "50m", '"50M"'),
     ("[limits]\nmax_message_size = 52428800", "[limits] max_message_size", "52428800", "string"),
-    ("[limits]\nnotify = 'a@x.y'", "[limits] notify", "not built yet", "remove"),
+    ("[limits]\nnotify = 'nobody'", "[limits] notify", "'nobody'", "not a mail address"),
     ("[limits]\nshared_uid = []", "[limits] shared_uid", "not built yet", "remove"),
     ("[mysql]\nhost = 1", "[mysql] host", "1", "string"),
     ("[mysql]\nport = 'x'", "[mysql] port", "'x'", "1 to 65535"),
@@ -225,7 +228,8 @@ BAD = [
     ("[mysql]\npassword_file = 'relative'", "[mysql] password_file", "'relative'", "absolute"),
     ("[mysql]\nretention = '7'", "[mysql] retention", "'7'", "12h"),
     ("[log]\nerror_log = '/e/'", "[log] error_log", "'/e/'", "absolute"),
-    ('[vhosts."a.example"]\nerror_log = "/e"', '[vhosts."a.example"] error_log', "not built yet", "remove"),
+    ('[vhosts."a.example"]\nerror_log = "e"', '[vhosts."a.example"] error_log', "'e'", "absolute"),
+    ('[vhosts."a.example"]\nusers = ["u"]', '[vhosts."a.example"] users', "vhosts.d", "vhost add"),
     ('[vhosts."a.example"]\nsender_policy = "force"', '[vhosts."a.example"] sender_policy', "not built yet", '"allow"'),
     ('[vhosts."a.example"]\nsender_policy = "deny"', '[vhosts."a.example"] sender_policy', "deny", '"allow"'),
     ('[vhosts."a.example"]\nsender = "nobody"', '[vhosts."a.example"] sender', "nobody", "mail address"),
@@ -297,8 +301,9 @@ def test_key_in_both_places(tmp_path: Path) -> None:
 BAD_VHOST_FILES = [
     ("limit = []", "limit", "limit", "over_limit"),
     ("limits = []", "limits", "empty", "unlimited"),
-    ("error_log = '/e'", "error_log", "not built yet", "remove"),
-    ("users = ['u']", "users", "not built yet", "remove"),
+    ("error_log = '/e/'", "error_log", "'/e/'", "absolute"),
+    ("users = []", "users", "[]", "list of user names"),
+    ("users = ['a b']", "users", "'a b'", "list of user names"),
     ("[limits]\ndefault = []", "limits", "default", "list"),
     ("sender = 'x'", "sender", "x", "mail address"),
     ("count = ", "TOML", "line 1", ""),

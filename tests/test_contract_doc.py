@@ -32,22 +32,29 @@ def installed(tmp_path: Path, extra: str = "") -> Path:
     return file
 
 
+OWNERS = {"root": "root", "releaser": "secure-sendmail", "customer": "CUSTOMER"}
+
+
 def directories(text: str, _tmp: Path) -> tuple[object, object]:
-    documented = {row[0]: int(row[3], 8) for row in page.table(text, "directories")}
-    known = dict(layout.DIRECTORIES) | {f"vhosts/V/{part}".rstrip("/"): m for part, m in layout.VHOST_DIRECTORIES.items()}
-    return documented, known
+    documented = {row[0]: (int(row[2], 8), row[3]) for row in page.table(text, "directories")}
+    places = {".": layout.SPOOL, **layout.DIRECTORIES, f"vhosts/{layout.UNREGISTERED}": layout.UNREGISTERED_GATE}
+    places |= {f"vhosts/V/{part}".rstrip("/"): place for part, place in layout.VHOST_DIRECTORIES.items()}
+    return documented, {name: (place.mode, f"{OWNERS[place.owner]}:{OWNERS[place.group]}") for name, place in places.items()}
 
 
 def directories_made(text: str, tmp_path: Path) -> tuple[object, object]:
-    installed(tmp_path)
+    file = installed(tmp_path)
+    assert run(["--config", str(file), "vhost", "add", "--unregistered"]) == 0
     spool = tmp_path / "spool"
-    found = {}
+    found = {".": stat.S_IMODE(spool.stat().st_mode)}
     for root, names, _ in os.walk(spool):
         for name in names:
             path = Path(root) / name
             shown = str(path.relative_to(spool)).replace("www.a.example", "V")
             found[shown] = stat.S_IMODE(path.stat().st_mode)
-    return {row[0]: int(row[3], 8) for row in page.table(text, "directories")}, found
+    inside = {f"vhosts/{layout.UNREGISTERED}/{part}" for part in ("tmp", "new")}
+    assert "directories are 0700" in text
+    return {row[0]: 0o700 for row in page.table(text, "directories")} | dict.fromkeys(inside, 0o700), found
 
 
 def envelope_keys(text: str, _tmp: Path) -> tuple[object, object]:
@@ -74,19 +81,31 @@ def statuses(text: str, _tmp: Path) -> tuple[object, object]:
     return documented, {n: v for n, v in vars(failure).items() if n.isupper()}
 
 
+# What the releaser says of a vhost over its limit, at the page's time.
+WARNING = (
+    "www.a.example",
+    "[Thu Apr 27 20:28:36 2006] [secure-sendmail] domain www.a.example: exceeded limit for 1 minutes (10): "
+    "mail over the limit is held for review",
+)
+
+
 def policy_written(text: str, tmp_path: Path) -> tuple[object, object]:
     file = installed(tmp_path, '[vhosts."www.a.example"]\nsender = "user1@example.com"\n')
-    found = policy.render(config.load(str(file)), "www.a.example", "5f0c8d1e9a7b4c3d2e1f0a9b8c7d6e5f", 52428800)
+    found = policy.render(
+        config.load(str(file)), "www.a.example", "5f0c8d1e9a7b4c3d2e1f0a9b8c7d6e5f", 52428800, [WARNING], 1146162516.0
+    )
     return page.fence(text, "policy"), found.decode()
 
 
 def policy_read(text: str, _tmp: Path) -> tuple[object, object]:
-    lines = dict(line.split(": ") for line in page.fence(text, "policy").splitlines())
+    lines = dict(line.split(": ", 1) for line in page.fence(text, "policy").splitlines())
     found = Policy(page.fence(text, "policy").encode())
     documented = (lines["Bell"], int(lines["Max-Size"]), lines["Sender"], lines["Domain-Header"], lines["Complaints-Header"],
-                  lines["Complaints-To"], lines["Policy"], lines["End"])  # fmt: skip
+                  lines["Complaints-To"], lines["Policy"], lines["End"], int(lines["Until"]), lines["Warning"], "")  # fmt: skip
     read = (found.bell, found.max_size, found.sender.decode(), found.tag[0][0].decode(), found.tag[1][0].decode(),
-            found.tag[1][1].decode(), str(policy.VERSION), str(policy.VERSION))  # fmt: skip
+            found.tag[1][1].decode(), str(policy.VERSION), str(policy.VERSION), found.until,
+            "www.a.example " + found.warning("www.a.example", found.until - 1).decode(),
+            found.warning("www.a.example", found.until).decode() + found.warning("www.b.example", 0).decode())  # fmt: skip
     return documented, read
 
 

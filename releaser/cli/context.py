@@ -5,7 +5,8 @@ from functools import cached_property
 
 import click
 
-from releaser import config, daemon, layout, private
+from releaser import config, daemon, identity, layout
+from releaser.config import VhostSettings
 from releaser.ledger import Ledger
 
 
@@ -14,7 +15,7 @@ class Failed(Exception):
 
 
 class Context:
-    """Opened on first use, so that `vhost add` works before there is a ledger."""
+    """What a verb opens in spool and state, it opens after settle(): as root no longer, but in private mode."""
 
     def __init__(self, file: str) -> None:
         self.file = file
@@ -23,30 +24,51 @@ class Context:
     def config(self) -> config.Config:
         return config.load(self.file)
 
+    @cached_property
+    def _settled(self) -> identity.Identity:
+        return identity.settle(self.config.spool, self.config.state)
+
+    def settle(self) -> identity.Identity:
+        """Be who works on the spool from now on. Raises identity.NotOurs."""
+        return self._settled
+
     @property
     def spool(self) -> str:
+        self.settle()
         return self.config.spool
 
     @cached_property
     def ledger(self) -> Ledger:
-        private.check(self.config.spool, self.config.state)
+        self.settle()
         return Ledger(self.config.state)
 
     @property
     def running(self) -> bool:
         return daemon.running(self.spool)
 
+    @staticmethod
+    def is_running(spool: str) -> bool:
+        """As running, for who settles nothing."""
+        return daemon.running(spool)
+
     def vhosts(self) -> list[str]:
-        private.check(self.config.spool, self.config.state)
+        """The maildrops' names."""
         try:
-            return sorted(name for name in os.listdir(f"{self.spool}/vhosts") if layout.is_vhost(name))
+            return sorted(name for name in os.listdir(f"{self.spool}/vhosts") if layout.is_maildrop(name))
         except FileNotFoundError:
             return []
 
     def known_vhost(self, name: str) -> str:
-        if name not in self.vhosts():
+        """NAME in lower case, which has a maildrop, or may claim the shared one. Raises Failed."""
+        name = name.lower()
+        names = self.vhosts()
+        if name not in names and not (layout.is_vhost(name) and layout.UNREGISTERED in names):
             raise Failed(f"no vhost {name!r}; run: secure-sendmail vhost list")
         return name
+
+    def settings(self, name: str) -> VhostSettings:
+        """What holds for the vhost NAME."""
+        return self.config.vhost(name) if name in self.vhosts() else self.config.unregistered(name)
 
     def ring(self) -> None:
         """Wake the releaser. If it fails, its scan finds the decision."""

@@ -8,7 +8,7 @@ from typing import Any
 import click
 from rich.progress import Progress
 
-from releaser import envelope, layout, mailqueue, private
+from releaser import envelope, identity, layout, mailqueue
 from releaser.cli import output
 from releaser.cli.context import Context, Failed, json_option, pass_context
 from releaser.cli.select import Filters, filters
@@ -130,7 +130,7 @@ def _decide(context: Context, decision: str, chosen: Filters, why: str, dry_run:
         # Mail named one by one and sent on needs no second word; a selection, and anything removed, does.
         if decision == "delete" or chosen.given or chosen.everything:
             _confirm(decision, yes)
-        done = context.ledger.decide(decision, [row.queue_id for row in rows], private.actor(), why)
+        done = context.ledger.decide(decision, [row.queue_id for row in rows], identity.actor(), why)
         context.ring()
         taken = {row.queue_id for row in rows} - set(done)
         for queue_id in sorted(taken):

@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from releaser import config, private
+from releaser import config, identity, provision
 from releaser.cli import check, hold, output, report, vhost
 from releaser.cli.context import Context, Failed
 from releaser.ledger import LedgerError
@@ -27,6 +27,8 @@ def secure_sendmail(context: click.Context, file: str) -> None:
 
 secure_sendmail.add_command(hold.hold)
 secure_sendmail.add_command(vhost.vhost)
+secure_sendmail.add_command(vhost.stop)
+secure_sendmail.add_command(vhost.resume)
 secure_sendmail.add_command(report.limits_)
 secure_sendmail.add_command(report.log_)
 secure_sendmail.add_command(report.status)
@@ -61,14 +63,14 @@ def run(words: list[str]) -> int:
     except click.Abort:
         output.complain("nothing was done")
         return 1
-    except (config.ConfigError, private.NotOurs) as error:
+    except (config.ConfigError, identity.NotOurs) as error:
         output.complain(str(error))
         return os.EX_CONFIG
     except BrokenPipeError:
         # The reader, `head` for example, has had enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
-    except (Failed, LedgerError, OSError, sqlite3.Error) as error:
+    except (Failed, LedgerError, identity.ChildFailed, provision.Refused, OSError, sqlite3.Error) as error:
         output.complain(str(error))
         return 1
 

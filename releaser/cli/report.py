@@ -12,7 +12,7 @@ from releaser.cli import output
 from releaser.cli.context import Context, Failed, json_option, pass_context
 from releaser.cli.select import Filters, filters
 from releaser.cli.vhost import queued
-from releaser.ledger import ACTIVE, CORRUPT, FAILED, HELD
+from releaser.ledger import ACTIVE, CORRUPT, FAILED, HELD, utc
 
 SCHEMA = Path(__file__).resolve().parents[2] / "config/schema.sql"
 
@@ -34,7 +34,13 @@ def status(context: Context, as_json: bool) -> None:
         "corrupt": counts.get(CORRUPT, 0),
         # Without a [mysql] section the ledger keeps the log itself, and nothing waits.
         "outbox": context.ledger.outbox() if context.config.mysql else 0,
-        "observe": [name for name in names if context.config.vhost(name).over_limit == "observe"],
+        "observe": [name for name in names if context.settings(name).over_limit == "observe"],
+        "stopped": context.ledger.stops(),
+        "incidents": [
+            {"vhost": incident.vhost, "since": utc(incident.opened_at), "limit": incident.limit_text, "held": incident.held}
+            for incident in context.ledger.incidents()
+            if incident.ended_at is None
+        ],
         "vhosts": [{"name": name, "held": held.get(name, 0), "windows": windows(context, name)} for name in names],
     }
     if as_json:
@@ -43,6 +49,11 @@ def status(context: Context, as_json: bool) -> None:
     output.say("the releaser is running" if facts["running"] else "the releaser is not running")
     if facts["observe"]:
         output.say(f'over_limit is "observe", mail over a limit is sent: {", ".join(facts["observe"])}')
+    for stop in facts["stopped"]:
+        output.say(f"stopped: {stop['vhost']} since {stop['since'][:19]}Z by {stop['actor']}: {stop['why']}")
+    for incident in facts["incidents"]:
+        count = f"{incident['held']} over limit {incident['limit']}"
+        output.say(f"incident: {incident['vhost']} since {incident['since'][:19]}Z, {count}")
     output.say("  ".join(f"{name} {facts[name]}" for name in ("queued", "active", "held", "failed", "corrupt", "outbox")))
     output.table(
         ["VHOST", "HELD", "USED"],
@@ -65,13 +76,13 @@ def limits_() -> None:
 @pass_context
 def limits_show(context: Context, name: str, as_json: bool) -> None:
     """Every window of VHOST, with what is used of it now."""
-    settings = context.config.vhost(context.known_vhost(name.lower()))
-    found = windows(context, name.lower())
+    name = context.known_vhost(name)
+    settings, found = context.settings(name), windows(context, name)
     if as_json:
-        facts = {"vhost": name.lower(), "count": settings.count, "over_limit": settings.over_limit, "windows": found}
+        facts = {"vhost": name, "count": settings.count, "over_limit": settings.over_limit, "windows": found}
         output.as_json(facts)
         return
-    output.say(f"{name.lower()}: counts {settings.count}, over the limit: {settings.over_limit}")
+    output.say(f"{name}: counts {settings.count}, over the limit: {settings.over_limit}")
     output.table(["LIMIT", "USED", "LEFT"], ([w["text"], w["used"], max(w["limit"] - w["used"], 0)] for w in found), "unlimited")
 
 
@@ -150,6 +161,6 @@ def log_init(context: Context, only_print: bool, user: str | None, password_file
 
 def windows(context: Context, name: str) -> list[dict[str, Any]]:
     """The windows of vhost NAME as the releaser counts them: limit, seconds, used, and the configuration's text."""
-    account = usage.account(context.ledger, name, context.config.vhost(name))
+    account = usage.account(context.ledger, name, context.settings(name))
     used = account.used(time.time())
     return [{"limit": limit.count, "seconds": limit.seconds, "used": n, "text": limit.text} for limit, n in used]

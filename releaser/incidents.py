@@ -1,0 +1,176 @@
+"""Incidents: a vhost over its limits, told once. The warning, its end, and one notice by mail to the administrator."""
+
+import os
+import time
+from email.utils import formatdate
+
+from releaser import errorlog, layout, maillog, mailqueue
+from releaser.batch import Batch
+from releaser.config import Config
+from releaser.envelope import Envelope
+from releaser.ledger import ACTIVE, Incident, Ledger, Row, utc
+from releaser.limits import Limit
+from releaser.maillog import LOG
+
+# Seconds from the first mail over a limit to the notice, so that its numbers mean something.
+NOTICE_DELAY = 10
+# Notices in an hour; the last of them is a summary of all that are due.
+NOTICES, NOTICES_SECONDS = 20, 3600
+# Warnings in one policy, the latest; the shared maildrop can have many.
+WARNINGS = 200
+
+
+class Incidents:
+    """Those that are open, and what is still to be said about them."""
+
+    def __init__(self, config: Config, book: Ledger) -> None:
+        self.config = config
+        self._ledger = book
+        # Error logs that could not be written, said already.
+        self._failed: set[str] = set()
+        self.load()
+
+    def load(self) -> None:
+        """Take them from the ledger."""
+        found = self._ledger.incidents()
+        self._open = {incident.vhost: incident for incident in found if incident.ended_at is None}
+        self._unnoticed = [incident for incident in found if incident.notified_at is None]
+        # When step() has something to do, in seconds since 1970.
+        self.next = 0.0
+
+    def over(self, batch: Batch, vhost: str, limit: Limit, over_limit: str) -> bool:
+        """Another mail of VHOST is over LIMIT; return whether that opens an incident."""
+        now = time.time()
+        incident = self._open.get(vhost)
+        opened = incident is None
+        if incident is None:
+            warning = errorlog.exceeded(now, vhost, limit, over_limit)
+            incident = Incident(vhost, now, now, int(over_limit == "observe"), limit.text, warning)
+            self._open[vhost] = incident
+            self._unnoticed.append(incident)
+            self._tell(vhost, warning)
+        else:
+            incident.last_at = now
+            incident.held += 1
+        self.next = 0.0
+        batch.put_incident(incident)
+        return opened
+
+    def warnings(self, vhosts: list[str]) -> list[tuple[str, str]]:
+        """(vhost, warning) of the open incidents of VHOSTS."""
+        found = [(name, self._open[name].warning) for name in vhosts if name in self._open]
+        return found[-WARNINGS:]
+
+    @property
+    def vhosts(self) -> list[str]:
+        """The vhosts that have an open incident."""
+        return list(self._open)
+
+    def step(self, batch: Batch) -> tuple[list[str], list[str]]:
+        """End what is over, send what is due; return the vhosts whose incident has ended, and the notices' queue ids."""
+        now = time.time()
+        if now < self.next:
+            return [], []
+        ended = [name for name, incident in self._open.items() if incident.last_at + self._quiet(name) <= now]
+        for name in ended:
+            incident = self._open.pop(name)
+            incident.ended_at = now
+            self._tell(name, errorlog.ended(now, name, incident.held, bool(incident.observed), incident.opened_at))
+            batch.put_incident(incident)
+        notices = self._notices(batch, now)
+        due = [incident.last_at + self._quiet(name) for name, incident in self._open.items()]
+        for incident in self._unnoticed:
+            soon = incident.opened_at + NOTICE_DELAY
+            # Behind that time it waits for the hour's allowance.
+            due.append(soon if soon > now else now + layout.SCAN_INTERVAL)
+        self.next = min(due, default=now + layout.SCAN_INTERVAL)
+        return ended, notices
+
+    def _quiet(self, vhost: str) -> int:
+        """The seconds without mail over a limit after which the vhost's incident has ended."""
+        return self.config.unregistered(vhost).longest
+
+    def _tell(self, vhost: str, line: str) -> None:
+        LOG.warning(line)
+        own = self.config.vhost(vhost).error_log
+        for path in dict.fromkeys(filter(None, (self.config.error_log, own))):
+            try:
+                errorlog.append(path, line, (self.config.spool, self.config.state))
+                self._failed.discard(path)
+            except OSError as error:
+                if path not in self._failed:
+                    self._failed.add(path)
+                    LOG.error(maillog.error_log_not_written(str(error)))
+
+    def _notices(self, batch: Batch, now: float) -> list[str]:
+        due = [incident for incident in self._unnoticed if incident.opened_at + NOTICE_DELAY <= now]
+        if not due:
+            return []
+        notify, sent = self.config.notify, []
+        if notify is None:
+            self._mark(batch, due, now)
+            return []
+        left = NOTICES - self._ledger.notices(now - NOTICES_SECONDS)
+        while due and left > 0:
+            # The last one that the hour allows tells of all that wait.
+            together, due = (due[:1], due[1:]) if left > 1 else (due, [])
+            # Each notice has a time of its own, by which they are counted.
+            now += 1e-6
+            sent.append(self._send(batch, notify, together, now))
+            self._mark(batch, together, now)
+            left -= 1
+        return sent
+
+    def _mark(self, batch: Batch, incidents: list[Incident], now: float) -> None:
+        for incident in incidents:
+            incident.notified_at = now
+            self._unnoticed.remove(incident)
+            batch.put_incident(incident)
+
+    def _send(self, batch: Batch, notify: str, incidents: list[Incident], now: float) -> str:
+        """Put a notice into active/, from where it goes to the MTA, outside all limits."""
+        queue_id, host = layout.new_queue_id(), os.uname().nodename.lower()
+        vhost = host if layout.is_vhost(host) else "localhost"
+        message_id = f"<{queue_id}@{vhost}>"
+        subject, text = self._text(incidents)
+        header = (
+            f"Date: {formatdate(now)}\nFrom: secure-sendmail <{notify}>\nTo: {notify}\nSubject: {subject}\n"
+            f"Message-ID: {message_id}\nAuto-Submitted: auto-generated\nMIME-Version: 1.0\n"
+            "Content-Type: text/plain; charset=utf-8\nContent-Transfer-Encoding: 8bit\n\n"
+        )
+        row = Row(
+            queue_id=queue_id, vhost=vhost, state=ACTIVE, source=None, digest="", recipients=1, remaining=[notify], sender="",
+            size=0, arrived_at=utc(now), picked_up_at=utc(now), uid=os.geteuid(), verified=1, message_id=message_id,
+            subject=subject, script="", cwd="", reason="notice of an incident", refused=[], limited=0, next_try=now,
+        )  # fmt: skip
+        head = Envelope(vhost=vhost, recipients=(notify,), sender="", arrived=row.arrived_at, message_id=message_id,
+                        queue_id=queue_id, owner=str(row.uid), picked_up=row.picked_up_at, reason=row.reason)  # fmt: skip
+        row.size, _ = mailqueue.store(self.config.spool, "active", queue_id, head.format(), [(header + text).encode()])
+        batch.put(row)
+        return queue_id
+
+    def _text(self, incidents: list[Incident]) -> tuple[str, str]:
+        """Subject and text of a notice."""
+        becomes = ["sent all the same" if incident.observed else "held for review" for incident in incidents]
+        subject = f"{len(incidents)} vhosts over their limits"
+        if len(incidents) == 1:
+            subject = f"{incidents[0].vhost}: over its limit, mail is {becomes[0]}"
+        parts = []
+        for incident, what in zip(incidents, becomes, strict=True):
+            top = self._ledger.top_script(incident.vhost, incident.opened_at - NOTICES_SECONDS)
+            script = f"{_ascii(top[0])} ({top[1]} log rows; what a script says of itself)" if top else "not known"
+            review = "limits show" if incident.observed else "hold list --vhost"
+            parts.append(
+                f"{incident.warning}\n\n"
+                f"Limit:      {incident.limit_text}\n"
+                f"Over it:    {incident.held} message{'' if incident.held == 1 else 's'} until now, {what}\n"
+                f"Top script: {script}\n"
+                f"Review:     secure-sendmail {review} {incident.vhost}\n"
+                f'Stop all:   secure-sendmail stop {incident.vhost} --why "..."\n'
+            )
+        return subject, "\n\n".join(parts) + "\nThis is the only notice of each until it has ended.\n"
+
+
+def _ascii(text: str) -> str:
+    """TEXT as it may stand in a mail to an administrator: a customer wrote it."""
+    return "".join(c if " " <= c <= "~" else "?" for c in text)[:200]
