@@ -9,7 +9,8 @@ cache=$root/.cache/debian
 policy=/usr/sbin/policy-rc.d
 mark="from secure-sendmail's tests/packages.sh"
 
-needed=(php-cli python3-watchdog python3-click python3-rich python3-pymysql mariadb-server util-linux strace procps)
+needed=(php-cli python3-watchdog python3-click python3-rich python3-pymysql mariadb-server util-linux strace procps
+    apache2-bin libapache2-mod-php php-fpm sudo acl)
 
 # A mail server would conflict with the machine's own, so these are not installed but only unpacked into the cache.
 # Each with one of its programs, whose libraries tell whether the packages it depends on are there.
