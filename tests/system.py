@@ -69,8 +69,8 @@ root ALL=(ALL:ALL) ALL
 class System(Host):
     """An installation as a package makes it; `vhost add` has still to be run. Its commands run as root unless told otherwise.
 
-    `spool_is_there`: SPOOL exists as a mount of its own, as on a real host; else `vhost add` makes it. `members` adds
-    accounts to groups: {"c2": ["www-data"]} is what some panels do.
+    `spool_is_there`: SPOOL exists as a mount of its own, as on a real host; else `vhost add` makes it. `members` are the
+    further members of our accounts' groups, and of groups of their own: {"c2": ["www-data"]} is what some panels do.
     """
 
     def __init__(
@@ -136,6 +136,12 @@ class System(Host):
         if check:
             assert run.returncode == 0, f"{words} ended with {run.returncode}: {run.stdout}{run.stderr}"
         return run
+
+    def python(self, code: str, *words: str | Path, user: str, **options: Any) -> str:
+        """What a program prints that a user has written, with the shortest way to the kernel; it must end in good order."""
+        run = self.run(PYTHON, "-c", code, *words, user=user, **options)
+        assert run.returncode == 0, run.stderr
+        return str(run.stdout)
 
     def register(self, vhost: str, *users: str, group: str = "") -> None:
         """`vhost add` with these users."""
@@ -226,12 +232,9 @@ class System(Host):
             # Where the machine has accounts of these names, they are others in there.
             kept = [line for line in original.read_text().splitlines() if line.split(":")[0] not in names]
             if file == "group":
-                everything = (line.split(":") for line in [*kept, *lines])
-                lines = [
-                    ":".join([*fields[:3], ",".join(filter(None, [*fields[3].split(","), *members.get(fields[0], [])]))])
-                    for fields in everything
-                ]
-                kept = []
+                kept = [line for line in kept if line.split(":")[0] not in members]
+                lines = [f"{line}{','.join(members.get(line.split(':')[0], []))}" for line in lines]
+                lines += [f"{name}:x:{next(free)}:{','.join(members[name])}" for name in members if name not in names]
             copy = directory / file
             copy.write_text("\n".join([*kept, *lines]) + "\n")
             shutil.copymode(original, copy)
