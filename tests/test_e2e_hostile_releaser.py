@@ -13,11 +13,13 @@ import sqlite3
 import stat
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from host import text
-from system import DAEMON, System
+from servers import wait_until
+from system import DAEMON, PYTHON, System
 
 pytestmark = pytest.mark.server
 
@@ -180,6 +182,11 @@ def as_root(system: System, *words: str) -> subprocess.CompletedProcess[str]:
     return run
 
 
+def swaps(drop: Path) -> bool:
+    """Whether the swapper has made its last link, whatever its name is at the moment."""
+    return any((drop / name).is_symlink() for name in ("policy", "policy.link"))
+
+
 def everything_on(system: System, vhost: str) -> None:
     """What an administrator may do with a vhost, its end included."""
     as_root(system, "vhost", "add", vhost, "--user", "c1")
@@ -299,9 +306,9 @@ def test_hostile_daemon_swaps_while_root_works(system: System) -> None:
         vhost = f"www.swapped{number}.example"
         system.register(vhost, "c1")
         drop = system.spool / "vhosts" / vhost
-        swapper = subprocess.Popen(system.words(["python3", "-c", SWAPPER, drop, roots_own(system)], DAEMON))
+        swapper = subprocess.Popen(system.words([PYTHON, "-c", SWAPPER, drop, roots_own(system)], DAEMON))
         try:
-            system.wait(lambda drop=drop: any((drop / name).is_symlink() for name in ("policy", "policy.link")), "it swaps")
+            wait_until(partial(swaps, drop), 10, "it swaps")
             for words in (["check", "--repair"], ["vhost", "list"], ["check", "--repair"]):
                 as_root(system, *words)
             everything_on(system, vhost)
