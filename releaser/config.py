@@ -363,8 +363,8 @@ def vhost_file(file: str, vhost: str) -> str:
     return os.path.join(vhosts_directory(file), f"{vhost}.toml")
 
 
-def write_vhost_file(file: str, vhost: str, users: Sequence[str]) -> None:
-    """Write the file of a new vhost; one that says the same is fine. Raises ConfigError, OSError."""
+def write_vhost_file(file: str, vhost: str, users: Sequence[str], gid: int) -> None:
+    """Write the file of a new vhost, for the group GID to read; one that says the same is fine. Raises ConfigError, OSError."""
     path = vhost_file(file, vhost)
     if os.path.lexists(path):
         keys = _vhost(path, "", _read(path))
@@ -372,13 +372,12 @@ def write_vhost_file(file: str, vhost: str, users: Sequence[str]) -> None:
             raise ConfigError(f"{path}: exists already, with users {list(keys.get('users', ()))}; remove it, or edit it")
         return
     directory = vhosts_directory(file)
-    group = os.stat(os.path.dirname(directory)).st_gid
     if not os.path.isdir(directory):
         os.mkdir(directory, 0o750)
-        os.chown(directory, -1, group)
+        os.chown(directory, -1, gid)
     fd = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
     with os.fdopen(fd, "w", encoding="utf-8") as stream:
-        os.fchown(fd, -1, group)
+        os.fchown(fd, -1, gid)
         stream.write(f"users = {json.dumps(list(users))}\n")
         stream.flush()
         os.fsync(fd)

@@ -1,6 +1,7 @@
 """The releaser's own directories: copies made whole or not at all, moved by rename, never changed. Rows: spool_layout.md."""
 
 import os
+import stat
 from collections.abc import Iterable
 from typing import BinaryIO
 
@@ -41,8 +42,12 @@ def read(path: str) -> tuple[envelope.Envelope, BinaryIO]:
 
     Raises OSError, envelope.NoLayout, envelope.NewerLayout.
     """
-    stream = open(path, "rb")  # noqa: SIM115 - the caller closes it
+    # What lies there is a regular file of ours, unless someone has taken our place: never a link, and never to wait for.
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    stream = os.fdopen(fd, "rb")
     try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise envelope.NoLayout("not a regular file")
         head = b""
         while (end := head.find(b"\n\n")) < 0:
             chunk = stream.read(1 << 16)

@@ -51,16 +51,23 @@ def write(spool: str, vhost: str, text: bytes) -> None:
     if _read(spool, vhost) == text:
         return
     path = f"{layout.maildrop(spool, vhost)}/policy"
-    with open(f"{path}.new", "wb") as stream:
+    try:
+        os.unlink(f"{path}.new")
+    except FileNotFoundError:
+        pass
+    fd = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "wb") as stream:
         stream.write(text)
-    os.chmod(f"{path}.new", layout.POLICY_MODE)
+        os.fchmod(fd, layout.POLICY_MODE)
     os.rename(f"{path}.new", path)
 
 
 def _read(spool: str, vhost: str) -> bytes:
     try:
-        with open(f"{layout.maildrop(spool, vhost)}/policy", "rb") as stream:
-            return stream.read(65536)
+        # Non-blocking: it could be anything if someone has taken our place.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with os.fdopen(os.open(f"{layout.maildrop(spool, vhost)}/policy", flags), "rb") as stream:
+            return stream.read(65536) or b""
     except OSError:
         # What cannot be read is written again, or said when that fails.
         return b""

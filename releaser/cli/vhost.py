@@ -51,7 +51,7 @@ def add(context: Context, name: str, users: tuple[str, ...], group: str | None, 
                 raise Failed(f"{target}: exists already")
         _nothing_pending(settings, who, name)
         if users:
-            config.write_vhost_file(context.file, name, users)
+            config.write_vhost_file(context.file, name, users, who.gid)
         bell = os.urandom(16).hex()
         text = policy.render(settings, name, bell, settings.vhost(name).max_message_size)
         spool.rename_maildrop(spool.make_maildrop(name, gate, bell, text), name)
