@@ -14,8 +14,8 @@ from releaser.maillog import LOG
 
 # Seconds from the first mail over a limit to the notice, so that its numbers mean something.
 NOTICE_DELAY = 10
-# Notices in an hour; the last of them is a summary of all that are due.
-NOTICES, NOTICES_SECONDS = 20, 3600
+# Notices in an hour; the last of them waits a little, and is a summary of all that are due by then.
+NOTICES, NOTICES_SECONDS, SUMMARY_DELAY = 20, 3600, 30
 # Warnings in one policy, the latest; the shared maildrop can have many.
 WARNINGS = 200
 
@@ -112,7 +112,8 @@ class Incidents:
             return []
         left = NOTICES - self._ledger.notices(now - NOTICES_SECONDS)
         while due and left > 0:
-            # The last one that the hour allows tells of all that wait.
+            if left == 1 and due[0].opened_at + SUMMARY_DELAY > now:
+                break
             together, due = (due[:1], due[1:]) if left > 1 else (due, [])
             # Each notice has a time of its own, by which they are counted.
             now += 1e-6
