@@ -1,7 +1,8 @@
-"""The daemon and the command run with Debian 12's own watchdog, click and rich, on Debian's Python."""
+"""All of it runs with Debian 12's own PyMySQL, watchdog, click and rich, too, not only with the newest."""
 
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -58,3 +59,24 @@ def test_a_bell_wakes_the_releaser_and_the_command_lists(tmp_path: Path) -> None
     finally:
         daemon.terminate()
     assert daemon.wait() == 0
+
+
+# Before the packages of .venv, which are the newest, for the tests as for the commands that they start.
+DEBIAN = {**os.environ, "PYTHONPATH": "/usr/lib/python3/dist-packages", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def test_debians_packages_come_first() -> None:
+    """What the next test rests on."""
+    code = "import importlib.metadata as m, pymysql; print(pymysql.__file__, m.version('PyMySQL'), m.version('watchdog'))"
+    found = subprocess.run([sys.executable, "-c", code], env=DEBIAN, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["/usr/lib/python3/dist-packages/pymysql/__init__.py", "1.0.2", "2.2.1"]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("module", ["test_e2e_smtp.py", "test_mysql_log.py", "test_e2e_daemon.py"])
+def test_smtp_mysql_and_watch_with_debians_packages(module: str) -> None:
+    """The tests of SMTP, of the log in MySQL and of the watching daemon pass with Debian's packages as with the newest."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", ROOT / "tests" / module], env=DEBIAN, cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout[-5000:]
