@@ -81,14 +81,18 @@ class System(Host):
         spool_is_there: bool = True,
         members: dict[str, list[str]] | None = None,
     ) -> None:
+        self.uids: dict[str, int] = {}
         super().__init__(mta, default, extra)
         self.programs = self.directory / "bin"
         self.logs = self.directory / "log"
         self.error_log = self.logs / "error.log"
-        self.config.parent.chmod(0o755)
-        (self.config.parent / "vhosts.d").mkdir(mode=0o755)
         self._install()
         self.uids = self._make_accounts(members or {})
+        # Root's, and for the daemon's group to read; there can be a password in it.
+        (self.config.parent / "vhosts.d").mkdir()
+        for path in (self.config.parent, self.config.parent / "vhosts.d", self.config):
+            os.chown(path, 0, self.uids[DAEMON])
+            path.chmod(0o750 if path.is_dir() else 0o640)
         # Where the daemon itself may make files, as it may below /var/log/php-secure-sendmail.
         for directory in (self.logs, self.maildir):
             directory.mkdir(mode=0o755)
@@ -99,14 +103,15 @@ class System(Host):
 
     def write(self, toml: str) -> None:
         super().write(toml)
-        # The daemon reads it again when it is no longer root.
-        self.config.chmod(0o644)
+        if self.uids:
+            os.chown(self.config, 0, self.uids[DAEMON])
+            self.config.chmod(0o640)
 
     # Whatever runs on it.
 
-    def words(self, command: Sequence[str | Path], user: str = "root") -> list[str]:
+    def words(self, command: Sequence[str | Path], user: str = "root", cwd: str | Path = "/") -> list[str]:
         """The command line that runs a command in there as a user with his groups; a number is a uid without account."""
-        enter = ["nsenter", f"--mount=/proc/{self._init}/ns/mnt", f"--pid=/proc/{self._init}/ns/pid", "--"]
+        enter = ["nsenter", f"--mount=/proc/{self._init}/ns/mnt", f"--pid=/proc/{self._init}/ns/pid", "--", "env", "-C", str(cwd)]
         if user.isdigit():
             become = ["setpriv", "--reuid", user, "--regid", user, "--clear-groups", "--"]
         else:
@@ -115,13 +120,13 @@ class System(Host):
         return [*enter, *([] if user == "root" else become), *map(str, command)]
 
     def run(self, *command: str | Path, user: str = "root", **options: Any) -> subprocess.CompletedProcess[Any]:
-        """Runs a command in there; the options are Popen's."""
+        """Runs a command in there, in directory `cwd`; the other options are Popen's."""
         if "input" not in options:
             options.setdefault("stdin", subprocess.DEVNULL)
         if "stdout" not in options:
             options["capture_output"] = True
-        options = {"text": True, "timeout": 60, "cwd": "/", "env": {"PATH": PATH, "LANG": "C.UTF-8"}, **options}
-        return subprocess.run(self.words(command, user), **options)
+        options = {"text": True, "timeout": 60, "env": {"PATH": PATH, "LANG": "C.UTF-8"}, **options}
+        return subprocess.run(self.words(command, user, options.pop("cwd", "/")), **options)
 
     def cli(self, *words: str, check: bool = True, user: str = "root", **options: Any) -> subprocess.CompletedProcess[Any]:
         run = self.run(self.programs / "secure-sendmail", "--config", self.config, *words, user=user, **options)
@@ -159,6 +164,11 @@ class System(Host):
         run = self.enqueue(vhost, *words, message=message, user=user)
         assert (run.returncode, run.stdout, run.stderr) == (0, b"", b"")
 
+    def submit(self, vhost: str, user: str, subject: str = "subject") -> None:
+        """Enqueues a message that must be accepted, whatever is said of limits."""
+        run = self.enqueue(vhost, "-t", message=text("one@x.example", subject=subject), user=user)
+        assert (run.returncode, run.stdout) == (0, b""), run
+
     def sendmail_path(self, vhost: str, *words: str) -> str:
         return " ".join([str(self.programs / "secure-sendmail-enqueue"), "--spool", str(self.spool), vhost, *words])
 
@@ -172,7 +182,6 @@ class System(Host):
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                cwd="/",
                 env={"PATH": PATH, "LANG": "C.UTF-8"},
                 start_new_session=True,
             )

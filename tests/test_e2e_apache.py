@@ -98,7 +98,7 @@ def test_apache_site_over_its_limit_is_held_and_told(site: Site) -> None:
     begun = int(time.time())
     for vhost in over:
         for number in range(LIMIT + 1):
-            site.mail(vhost, f"{number} of {vhost}")
+            site.mail(vhost, f"{number} of {vhost}", "shop.php")
     site.system.wait(lambda: all(site.lines(vhost) for vhost in over), "the warnings are there")
     lines = {vhost: site.lines(vhost)[0] for vhost in over}
     for vhost, line in lines.items():
@@ -108,8 +108,8 @@ def test_apache_site_over_its_limit_is_held_and_told(site: Site) -> None:
         # The mail that was the first over the limit was told nothing, nor was anyone else.
         assert site.in_apaches_log(line) == 0
     for vhost in over:
-        site.mail(vhost, f"next of {vhost}", "shop.php")
-        site.mail(vhost, f"last of {vhost}", "shop.php")
+        site.mail(vhost, f"next of {vhost}")
+        site.mail(vhost, f"last of {vhost}")
     site.mail(C2, "of a site that is within its limits")
     for vhost in (SHARED_SITE, OWN_SITE):
         assert site.in_apaches_log(lines[vhost]) == 2, site.web.error_log()

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from host import text
 from system import ADMINISTRATOR, DAEMON, SHARED, System
 
 pytestmark = pytest.mark.server
@@ -31,7 +30,7 @@ def system() -> Iterator[System]:
         with made.running():
             for vhost, user in ((OLD, "c1"), (OTHER, "c2")):
                 for number in range(3):
-                    made.send(vhost, "-t", user=user, message=text("one@x.example", subject=f"{user} {number}"))
+                    made.submit(vhost, user, f"{user} {number}")
             made.wait(lambda: len(made.held()) == 2, "one is held of each")
             made.wait_until_idle()
             yield made
@@ -58,7 +57,7 @@ def test_rename_keeps_windows_held_mail_and_users(system: System) -> None:
     assert sorted(vhost["name"] for vhost in system.json("vhost", "list")) == [NEW, OTHER]
     assert system.enqueue(OLD, "-t", user="c1").returncode == CONFIG
     assert system.enqueue(NEW, "-t", user="c2").returncode == NOPERM
-    system.send(NEW, "-t", user="c1", message=text("one@x.example", subject="over the limit still"))
+    system.submit(NEW, "c1", "over the limit still")
     system.wait(lambda: len(system.held("--vhost", NEW)) == 2, "the window is as full as it was")
     system.cli("hold", "release", held[0])
     system.wait(lambda: "c1 2" in system.subjects(), "what was held is sent")
@@ -87,7 +86,7 @@ def test_remove_asks_what_becomes_of_the_mail(system: System) -> None:
     assert system.cli("vhost", "remove", NEW, "--yes", check=False).returncode == 1
     assert sorted(vhost["name"] for vhost in system.json("vhost", "list")) == [OLD, OTHER]
     assert len(system.held()) == 2
-    system.send(OLD, "-t", user="c1")
+    system.submit(OLD, "c1")
 
 
 @pytest.mark.parametrize("word", ["--keep-mail", "--delete-mail"])
@@ -107,19 +106,19 @@ def test_remove_keeps_or_deletes_the_mail(system: System, word: str) -> None:
         assert held == []
         assert not [path for path in (system.spool / "hold").iterdir() if b"c1 2" in path.read_bytes()]
     assert len(system.held("--vhost", OTHER)) == 1
-    system.send(OTHER, "-t", user="c2")
+    system.submit(OTHER, "c2")
     system.cli("check")
     # Its name can be had again, by another.
     system.register(OLD, "c2")
     assert system.enqueue(OLD, "-t", user="c1").returncode == NOPERM
-    system.send(OLD, "-t", user="c2")
+    system.submit(OLD, "c2")
 
 
 def test_removed_vhosts_waiting_mail_is_not_lost(system: System) -> None:
     """Mail that waits in new/ while nobody takes it counts as mail too."""
     assert system.stop() == 0
     system.register("www.waits.example", "c1")
-    system.send("www.waits.example", "-t", user="c1")
+    system.submit("www.waits.example", "c1")
     assert system.cli("vhost", "remove", "www.waits.example", "--yes", check=False).returncode == 1
     assert len([name for name in system.ls() if name.startswith("vhosts/www.waits.example/new/")]) == 1
 
@@ -149,7 +148,7 @@ def test_check_repairs_what_is_broken(system: System) -> None:
         system.cli("check")
         now = {path: (os.lstat(path).st_mode, os.lstat(path).st_uid, os.lstat(path).st_gid) for path in wanted}
         assert now == wanted, name
-        system.send(OLD, "-t", user="c1", message=text("one@x.example", subject=name))
+        system.submit(OLD, "c1", name)
         system.wait(partial(is_held, system, name), f"it is taken after: {name}")
 
 
@@ -192,7 +191,7 @@ def test_releaser_is_never_root(user: str) -> None:
         assert facts["Uid"].split() == [daemon] * 4 and facts["Gid"].split() == [daemon] * 4
         assert facts["Groups"].split() in ([], [daemon])
         assert [int(facts[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")] == [0, 0, 0, 0]
-        system.send(OLD, "-t", user="c1")
+        system.submit(OLD, "c1")
         system.wait_for_mail(1)
         assert system.stop() == 0
 
@@ -217,13 +216,13 @@ def test_stopped_vhost_is_held_until_resumed(system: System) -> None:
     system.cli("stop", OTHER, "--why", "broken into")
     assert system.stop() == 0
     system.start()
-    system.send(OTHER, "-t", user="c2", message=text("one@x.example", subject="stopped"))
+    system.submit(OTHER, "c2", "stopped")
     system.wait(lambda: len(system.held("--vhost", OTHER)) == 2, "it is held")
     reasons = {row["subject"]: row["reason"] for row in system.json("hold", "list", "--vhost", OTHER)}
     assert reasons["stopped"].startswith("stopped")
     assert OTHER in system.cli("status").stdout
     system.register(NEW, "c2")
-    system.send(NEW, "-t", user="c2", message=text("one@x.example", subject="of another vhost"))
+    system.submit(NEW, "c2", "of another vhost")
     system.wait(lambda: "of another vhost" in system.subjects(), "it is sent")
     system.cli("resume", OTHER)
     (held,) = [row["queue_id"] for row in system.json("hold", "list") if row["subject"] == "stopped"]

@@ -146,7 +146,6 @@ class Web:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                cwd="/",
                 env={"PATH": PATH, "LANG": "C.UTF-8"},
                 start_new_session=True,
             )
