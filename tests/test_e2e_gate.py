@@ -54,6 +54,18 @@ with open(name, "xb") as file:
     file.write(text)
 """
 
+# Submits a message of each of the vhosts in the standard input.
+MANY_BY_HAND = """
+import os, sys
+
+os.umask(0o027)
+for vhost in sys.stdin.read().split():
+    text = f"Layout: 1\\nVhost: {vhost}\\nSender: user@x.example\\nRecipient: one@x.example\\n\\nTo: one@x.example\\n\\ntext\\n"
+    name = f"{sys.argv[1]}/new/1795376167.{os.getpid():06}.P{os.getpid()}.{os.urandom(12).hex()},S={len(text)}"
+    with open(name, "x") as file:
+        file.write(text)
+"""
+
 
 def by_hand(system: System, user: str, maildrop: str, vhost: str, subject: str, uid: int = 0) -> None:
     """Puts a message into new/ with a claim of its own, past enqueue."""
@@ -186,6 +198,21 @@ def test_unregistered_mail_gets_no_more_than_the_default() -> None:
             system.wait_until_idle()
         assert system.subjects() == ["another uid", *(f"same name {number}" for number in range(3))]
         assert len(system.held()) == 3
+
+
+def test_many_names_over_the_limit_do_not_spoil_the_shared_policy() -> None:
+    """However many names one uid makes up, what others are told is whole: enqueue reads their bell, and their mail is out."""
+    with System(default=["1/1h"]) as system:
+        system.cli("vhost", "add", "--unregistered")
+        with system.running():
+            names = [f"{'a' * 60}.{'b' * 60}.{'c' * 60}.{number:03}.example" for number in range(300)]
+            system.python(MANY_BY_HAND, system.spool / "vhosts" / UNREGISTERED, user=SHARED, input="\n".join(names))
+            system.submit(NOBODY_S, STRANGER)
+            system.wait(lambda: len(system.held()) == len(names) - 1, "all but one are held")
+            policy = (system.spool / "vhosts" / UNREGISTERED / "policy").read_bytes()
+            # As much of it as enqueue reads.
+            assert policy[:65536].endswith(b"\nEnd: 1\n"), len(policy)
+        assert len(system.mail()) == 2
 
 
 def test_nobody_sees_or_moves_another_customers_mail() -> None:

@@ -38,6 +38,8 @@ PLANTS = {
     "policy-fifo": "os.unlink('policy'); os.mkfifo('policy')",
     "policy-directory": "os.unlink('policy'); os.mkdir('policy'); os.symlink(f'{root}/secret', 'policy/in')",
     "policy-hard-link": "os.unlink('policy'); os.link(own, 'policy')",
+    "policy-new-fifo": "os.unlink('policy'); os.mkfifo('policy.new')",
+    "policy-new-link": "os.unlink('policy'); os.symlink(f'{root}/tree/made', 'policy.new')",
     "bell-above": "open('policy', 'w').write(f'Policy: 1\\nBell: ../../..{root}/secret\\nEnd: 1\\n')",
     "bell-absolute": "open('policy', 'w').write(f'Policy: 1\\nBell: {root}/secret\\nEnd: 1\\n')",
     "mail-link": "os.symlink(f'{root}/message', f'new/{name}'); os.symlink(f'{root}/tree', 'new/tree')",
@@ -175,7 +177,7 @@ def told(system: System) -> list[str]:
 
 def as_root(system: System, *words: str) -> subprocess.CompletedProcess[str]:
     """Runs the command, which ends in good order, whatever its status, and tells no secret."""
-    run = system.cli(*words, check=False, timeout=30)
+    run = system.cli(*words, check=False, timeout=20)
     assert run.returncode in (0, 1, 64, 78), (words, run)
     assert SECRET not in run.stdout + run.stderr, (words, run)
     assert "Traceback" not in run.stderr, (words, run)
