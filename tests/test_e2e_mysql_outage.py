@@ -62,6 +62,11 @@ def per_vhost(messages: list[Message]) -> Counter[str]:
     return Counter(message.data.partition(b"X-Domain: ")[2].partition(b"\n")[0].decode() for message in messages)
 
 
+def collections(error_log: Path) -> list[str]:
+    """The lines of an error log that tell of garbage collection."""
+    return [line for line in error_log.read_text().splitlines() if "GC was run" in line] if error_log.exists() else []
+
+
 def kill(server: MariaDB) -> None:
     server.signal(signal.SIGKILL)
     server.stop()
@@ -122,14 +127,14 @@ def test_releaser_collects_old_rows(server: MariaDB, password: Path) -> None:
             for count in (1000, 1, 1):
                 host.send(vhost, message=text(*(f"r{number}@x.example" for number in range(count))))
             host.wait(lambda: len(server.rows("seq")) == 1002, "the rows are in MySQL")
-        assert not error_log.exists()
+        assert collections(error_log) == []
         # The second mail's row is two minutes younger than the others.
         server.root("UPDATE mail_log SET logged_at = UTC_TIMESTAMP(6) - INTERVAL 121 MINUTE")
         server.root("UPDATE mail_log SET logged_at = UTC_TIMESTAMP(6) - INTERVAL 119 MINUTE WHERE seq = 1001")
         with host.running():
-            line = host.wait(lambda: error_log.exists() and error_log.read_text(), "the collection is told")
+            (line,) = host.wait(lambda: collections(error_log), "the collection is told")
             assert server.rows("seq, event") == [(1001, "released"), (1002, "held")]
             host.send(vhost)
             host.wait(lambda: server.rows("seq, event")[2:] == [(1003, "held")], "the next one is logged")
-        assert re.fullmatch(STAMP + r" \[secure-sendmail\] GC was run \(1000 rows older than 2 hours deleted\)\n", line)
-        assert error_log.read_text() == line
+        assert re.fullmatch(STAMP + r" \[secure-sendmail\] GC was run \(1000 rows older than 2 hours deleted\)", line)
+        assert collections(error_log) == [line]

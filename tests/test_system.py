@@ -90,8 +90,12 @@ time.sleep(1000)
     assert run.stdout is not None
     init, directory = run.stdout.readline().split()
     assert Path(directory, "accounts").is_dir()
-    children = [int(pid) for pid in subprocess.check_output(["pgrep", "--ns", init, "--nslist", "pid"], text=True).split()]
-    assert len(children) >= 2
+
+    def inside() -> list[str]:
+        return subprocess.run(["pgrep", "--ns", init, "--nslist", "pid"], capture_output=True, text=True).stdout.split()
+
+    wait_until(lambda: len(inside()) == 2, 10, "the first process and the other are there")
+    children = inside()
     run.send_signal(signal.SIGKILL)
     run.communicate()
     wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in children), 10, "they have ended")
