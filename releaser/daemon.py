@@ -29,6 +29,7 @@ from releaser import config, identity, layout, maillog
 from releaser.ledger import Ledger, LedgerError
 from releaser.maillog import LOG
 from releaser.mysql_log import Shipper
+from releaser.notify import Notify
 from releaser.release import Releaser
 from releaser.watch import Wake, Watch
 
@@ -80,6 +81,7 @@ class Daemon:
         self._file = file
         self._once = once
         self._wake = Wake()
+        self._notify = Notify()
         self._stopping = False
         self._reload = False
         self._watch: Watch | None = None
@@ -117,11 +119,14 @@ class Daemon:
         self._use_log(settings)
         if not self._once:
             self._start_watch(settings)
+        # What is found at the start may take long; mail is taken by enqueue all the while.
+        self._notify.ready()
         releaser.start()
         LOG.info(maillog.started(settings.spool, releaser.vhosts, settings.mta_url))
         _say_observed(settings)
         self._loop(releaser)
-        releaser.stop()
+        self._notify.stopping()
+        releaser.stop(self._notify.alive)
         if self._shipper is not None:
             self._shipper.stop(LAST_ROWS)
         if self._watch is not None:
@@ -132,6 +137,7 @@ class Daemon:
     def _loop(self, releaser: Releaser) -> None:
         next_check = time.monotonic() + layout.SCAN_INTERVAL
         while not self._stopping:
+            self._notify.alive()
             bells, touched = self._wake.take()
             # The command rings when it has made a vhost: its users are known before its mail is looked at.
             if self._reload or touched or layout.CONTROL_BELL in bells or time.monotonic() >= next_check:
@@ -142,7 +148,7 @@ class Daemon:
             if self._once and releaser.idle:
                 return
             if pause > 0 and not self._stopping:
-                self._wake.wait(min(pause, layout.SCAN_INTERVAL))
+                self._wake.wait(min(pause, layout.SCAN_INTERVAL, self._notify.interval))
 
     def _check(self, releaser: Releaser) -> None:
         """Load the configuration again where it has changed, and see that the watch lives."""
@@ -157,18 +163,23 @@ class Daemon:
             if not self._reload and signature == self._signature:
                 return
             self._reload, self._signature = False, signature
+            self._notify.reloading()
             loaded = config.load(self._file)
             for name in ("spool", "state"):
                 if getattr(loaded, name) != getattr(releaser.config, name):
                     raise config.ConfigError(f"{self._file}: {name}: cannot be changed while the releaser runs; restart it")
         except config.ConfigError as error:
             LOG.error(maillog.not_reloaded(str(error)))
+            self._notify.status(f"the last good configuration holds: {error}")
+            self._notify.ready()
             return
         if (loaded.mysql, loaded.error_log) != (releaser.config.mysql, releaser.config.error_log):
             self._use_log(loaded)
         releaser.reload(loaded)
         LOG.info(maillog.reloaded(self._file))
         _say_observed(loaded)
+        self._notify.status("")
+        self._notify.ready()
 
     def _use_log(self, settings: config.Config) -> None:
         """Ship the log to where SETTINGS say, and no longer to where it went before."""

@@ -124,18 +124,19 @@ class Releaser:
         work = self._drops.waiting(()) or (retry is not None and retry <= now)
         return not self._handover.in_flight and not self._decisions_wait and (not work or self._handover.down_until > now)
 
-    def finish(self) -> None:
-        """Wait for what is in flight, and make its outcome durable."""
+    def finish(self, alive: Callable[[], None] = lambda: None) -> None:
+        """Wait for what is in flight, and make its outcome durable. ALIVE is called again and again meanwhile."""
         while self._handover.in_flight:
+            alive()
             batch = Batch(self._ledger)
             self._handover.take_results(batch)
             self._commit(batch)
             time.sleep(0.01)
         self._commit(Batch(self._ledger))
 
-    def stop(self) -> None:
+    def stop(self, alive: Callable[[], None] = lambda: None) -> None:
         """Finish, and end the senders."""
-        self.finish()
+        self.finish(alive)
         self._handover.senders.stop()
         self._handover.senders.join()
 
