@@ -63,12 +63,14 @@ def _url(value: object) -> str:
     scheme, _, rest = text.partition(":")
     if scheme == "maildir" and rest.startswith("/") and rest.strip("/"):
         return text.rstrip("/")
-    if scheme == "sendmail":
-        raise ValueError(f"{text!r}: sendmail: is not built yet; allowed are smtp://HOST:PORT and maildir:DIR")
+    if scheme == "sendmail" and rest.startswith("/") and not rest.endswith("/"):
+        if any(character.isspace() for character in rest):
+            raise ValueError(f"{text!r}: the path of the program alone; the releaser gives it its options")
+        return text
     host, _, port = rest.removeprefix("//").rpartition(":")
     if scheme == "smtp" and rest.startswith("//") and host and port.isascii() and port.isdigit() and 0 < int(port) < 65536:
         return text
-    raise ValueError(f"{text!r} is neither smtp://HOST:PORT nor maildir:DIR with an absolute path")
+    raise ValueError(f"{text!r} is none of smtp://HOST:PORT, sendmail:PROGRAM and maildir:DIR with an absolute path")
 
 
 def _header(value: object) -> str:

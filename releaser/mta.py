@@ -1,10 +1,14 @@
-"""Hand-over to the MTA: SMTP sessions, or a maildir, each in a thread of its own that only reads the message it is given."""
+"""Hand-over to the MTA: SMTP, its sendmail command, or a maildir; in threads that only read the message they are given."""
 
+import io
 import os
 import queue
 import re
+import select
+import signal
 import smtplib
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +26,13 @@ RECIPIENTS_PER_TRANSACTION = 100
 IDLE = 5
 # Seconds to wait for a connection, a reply, and the reply to the final dot (RFC 5321 section 4.5.3.2).
 CONNECT_TIMEOUT, REPLY_TIMEOUT, DOT_TIMEOUT = 30, 300, 600
+# Seconds that a sendmail command may take, and then to end in good order before it is killed.
+SENDMAIL_TIMEOUT, SENDMAIL_GRACE = 300, 5
+SENDMAIL_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+# A sendmail command that ends with one of these refuses this message, or its recipient, for good. With any other status
+# the message is tried again until give_up: 75 is all that Postfix's says of any error, 1 all that Exim's says, and most
+# of the others speak of the host.
+SENDMAIL_REFUSALS = (os.EX_DATAERR, os.EX_NOUSER)
 
 # No other chunk is the same, since a line of one dot has two on the wire.
 FINAL_DOT = b".\r\n"
@@ -199,6 +210,37 @@ class SmtpSession:
         return code, _reply(code, reply)
 
 
+class SendmailSession:
+    """The MTA's sendmail command, run once for each transaction."""
+
+    def __init__(self, program: str) -> None:
+        self._program = program
+
+    def send(self, job: Job) -> list[Outcome]:
+        sender, recipients = job.sender or "<>", (recipient.encode() for recipient in job.recipients)
+        # Words, never a shell. The envelope is all that counts (no -t), a dot ends nothing (-i), and errors are told
+        # here, not in a mail to the sender (-oep). Behind -f and -- nothing is an option, whatever it begins with.
+        command = [self._program.encode(), b"-i", b"-oep", b"-f", sender.encode(), b"--", *recipients]
+        try:
+            stdin = _as_file(job.message)
+        except OSError as error:
+            return [Outcome(recipient, Kind.TEMPFAIL, _words(error)) for recipient in job.recipients]
+        try:
+            process = subprocess.Popen(
+                command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0, cwd="/",
+                env=SENDMAIL_ENVIRONMENT, start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            raise Unreachable(f"{self._program}: {error.strerror}") from None
+        finally:
+            os.close(stdin)
+        kind, words = _ended(process)
+        return [Outcome(recipient, kind, words) for recipient in job.recipients]
+
+    def close(self) -> None:
+        pass
+
+
 class MaildirSession:
     """Delivery into a maildir, to try things out: DIR/{tmp,new,cur} are made, one file per message."""
 
@@ -262,6 +304,8 @@ class Senders:
         scheme, _, rest = self.url.partition(":")
         if scheme == "maildir":
             return MaildirSession(rest)
+        if scheme == "sendmail":
+            return SendmailSession(rest)
         host, _, port = rest.removeprefix("//").rpartition(":")
         return SmtpSession(host.strip("[]"), int(port), self._learn_size)
 
@@ -291,6 +335,87 @@ class Senders:
                 result = [Outcome(recipient, Kind.TEMPFAIL, words) for recipient in job.recipients]
             self._results.put((job, result))
             self._wake()
+
+
+def _as_file(message: Callable[[], BinaryIO]) -> int:
+    """A descriptor from which a command reads the message.
+
+    Not a pipe: where its writer is killed, what has been written by then would be taken for the whole message.
+    """
+    with message() as stream:
+        try:
+            fd = os.dup(stream.fileno())
+        except io.UnsupportedOperation:
+            # What is in memory is small.
+            fd = os.memfd_create("message")
+            with open(fd, "wb", closefd=False) as copy:
+                copy.write(stream.read())
+            os.lseek(fd, 0, os.SEEK_SET)
+        else:
+            # The stream has read ahead.
+            os.lseek(fd, stream.tell(), os.SEEK_SET)
+    return fd
+
+
+def _ended(process: subprocess.Popen[bytes]) -> tuple[Kind, str]:
+    """What the end of a sendmail command means, and its last words. One that takes too long is ended, with its children."""
+    ended = os.pidfd_open(process.pid)
+    try:
+        in_time, said = _listen(process, ended)
+        if not in_time:
+            # It may still take back what it has begun, as Postfix's does.
+            _signal_group(process, signal.SIGTERM)
+            _ready((ended,), SENDMAIL_GRACE)
+            _signal_group(process, signal.SIGKILL)
+    finally:
+        os.close(ended)
+    try:
+        status = process.wait(SENDMAIL_GRACE)
+    except subprocess.TimeoutExpired:
+        # It runs as another user and is not ours to kill. It has the whole message, and ends when it ends.
+        status = None
+    lines = said.decode("utf-8", "replace").split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "without a word")[:500]
+    if not in_time or status is None:
+        return Kind.UNKNOWN, f"no end in {SENDMAIL_TIMEOUT} seconds: {last}"
+    if status < 0 or status > 128:
+        # A shell says with 128 and more that what it ran was killed.
+        return Kind.UNKNOWN, f"killed by signal {-status if status < 0 else status - 128}: {last}"
+    kind = Kind.PERMFAIL if status in SENDMAIL_REFUSALS else Kind.TEMPFAIL if status else Kind.SENT
+    return kind, f"status {status}: {last}"
+
+
+def _listen(process: subprocess.Popen[bytes], ended: int) -> tuple[bool, bytes]:
+    """Wait for the end of PROCESS, of which ENDED tells; return whether it has come in time, and the end of what was said."""
+    assert process.stdout is not None
+    said, over = b"", False
+    until = time.monotonic() + SENDMAIL_TIMEOUT
+    with process.stdout as output:
+        os.set_blocking(output.fileno(), False)
+        waited_for: tuple[int, ...] = (output.fileno(), ended)
+        # The end of the output is not waited for: what a command leaves running behind it may hold that open.
+        while not over and (left := until - time.monotonic()) > 0:
+            over = ended in _ready(waited_for, left)
+            chunk = output.read(1 << 16)
+            if chunk == b"":
+                waited_for = (ended,)
+            said = (said + (chunk or b""))[-4096:]
+    return over, said
+
+
+def _ready(descriptors: Iterable[int], seconds: float) -> set[int]:
+    """Those that can be read, or whose process has ended, within SECONDS."""
+    poll = select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    return {descriptor for descriptor, _ in poll.poll(seconds * 1000)}
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    try:
+        os.killpg(process.pid, number)
+    except (ProcessLookupError, PermissionError):
+        pass
 
 
 def _socket(smtp: smtplib.SMTP) -> socket.socket:
