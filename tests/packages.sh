@@ -10,11 +10,11 @@ policy=/usr/sbin/policy-rc.d
 mark="from secure-sendmail's tests/packages.sh"
 
 needed=(php-cli python3-watchdog python3-click python3-rich python3-pymysql mariadb-server util-linux strace procps
-    apache2-bin libapache2-mod-php php-fpm sudo acl)
+    apache2-bin libapache2-mod-php php-fpm sudo acl debootstrap systemd)
 
 # A mail server would conflict with the machine's own, so these are not installed but only unpacked into the cache.
 # Each with one of its programs, whose libraries tell whether the packages it depends on are there.
-unpacked=(postfix:usr/lib/postfix/sbin/smtpd)
+unpacked=(postfix:usr/lib/postfix/sbin/smtpd exim4-daemon-light:usr/sbin/exim4)
 
 download=
 
@@ -39,14 +39,16 @@ is_unpacked() { # PACKAGE PROGRAM
 }
 
 unpack() { # PACKAGE
-    local archive field
+    local archive field needs
     download=$(mktemp -d /tmp/secure-sendmail-packages.XXXXXX)
     # apt fetches as its own user, and warns where that user may not write.
     chown _apt "$download"
     (cd "$download" && apt-get download "$1")
     archive=$(echo "$download/$1"_*.deb)
     for field in Pre-Depends Depends; do
-        install satisfy "$(dpkg-deb -f "$archive" "$field")"
+        # Without the other packages of the same mail server, such as exim4-base.
+        needs=$(dpkg-deb -f "$archive" "$field" | sed "s/\b${1%%-*}-[^,]*,\? *//g")
+        [ -z "$needs" ] || install satisfy "$needs"
     done
     # The name appears when the content is complete, so that an interrupted run is repaired by the next one.
     rm -rf "$cache/$1.new" "${cache:?}/$1"

@@ -1,4 +1,4 @@
-"""Real mail servers for the tests: Postfix, its smtp-sink, and a relay that records what passes on the wire.
+"""Real mail servers for the tests: Postfix, its smtp-sink, Exim, and a relay that records what passes on the wire.
 
 Everything listens on the loopback address only, runs out of the cache that tests/packages.sh fills, and keeps its
 files in a directory of its own under /tmp.
@@ -27,11 +27,15 @@ from typing import Self
 HOST = "127.0.0.1"
 POSTFIX = Path(__file__).resolve().parent.parent / ".cache/debian/postfix"
 LIBRARIES = POSTFIX / "usr/lib/postfix"
+EXIM = POSTFIX.parent / "exim4-daemon-light/usr/sbin/exim4"
 
 # Accounts that every Debian has and nothing uses. Postfix wants a user and a group that share their ids with nobody.
 MAIL_OWNER = "list"
 SETGID_GROUP = "irc"
 SINK_USER = "nobody"
+# Exim runs as the user of this name, whose entry it sees in a passwd file of its own.
+EXIM_USER = "Debian-exim"
+EXIM_UID = 64000
 
 # Waits for the end of its input, which is the end of the test run, however that ends. $1 is a process group.
 WATCH = 'read -r _; kill -s TERM -- "-$1"; sleep 1; kill -s KILL -- "-$1"; rm -rf -- "$2"'
@@ -260,6 +264,11 @@ class Postfix(_Server):
         environment = {"POSTLOG_SERVICE": str(self.directory / "queue/public/postlog"), "POSTLOG_HOSTNAME": "mta"}
         self._start([str(LIBRARIES / "sbin/master"), "-d", "-c", str(config)], self._greets, environment)
 
+    def sendmail(self) -> Path:
+        """This Postfix's sendmail command, for root: everybody else needs postdrop set-gid, and so its own libraries."""
+        environment = f"MAIL_CONFIG={self.directory}/config LD_LIBRARY_PATH={LIBRARIES}"
+        return _script(self.directory / "sendmail", f'exec env {environment} {POSTFIX}/usr/sbin/sendmail "$@"\n')
+
     def _main_cf(self) -> dict[str, str]:
         return {
             "compatibility_level": "3.6",
@@ -310,6 +319,65 @@ class Postfix(_Server):
                 return connection.recv(4) == b"220 "
         except OSError:
             return False
+
+
+class Exim:
+    """A private Exim without a daemon: its command takes a message and at once sends it on to a loopback port.
+
+    Must be used by root, for whom the binary needs no set-uid bit to accept a configuration of ours.
+    """
+
+    def __init__(self, relay_port: int, message_size_limit: int = 10_240_000) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="pss-", dir="/tmp"))
+        self.directory.chmod(0o755)
+        self._finalizer = weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
+        for name in ("spool", "logs"):
+            (self.directory / name).mkdir()
+            os.chown(self.directory / name, EXIM_UID, EXIM_UID)
+        for name, rest in (("passwd", f"{EXIM_UID}::/:/bin/false"), ("group", "")):
+            accounts = Path("/etc", name).read_text() + f"{EXIM_USER}:x:{EXIM_UID}:{rest}\n"
+            (self.directory / name).write_text(accounts)
+        size = str(message_size_limit)
+        configuration = EXIM_CONF.format(program=EXIM, directory=self.directory, size=size, host=HOST, port=relay_port)
+        (self.directory / "exim.conf").write_text(configuration)
+
+    def sendmail(self) -> Path:
+        """Exim's sendmail command. The files of the accounts are its own in a mount namespace that ends with it."""
+        mounts = " && ".join(f"mount --bind {self.directory}/{name} /etc/{name}" for name in ("passwd", "group"))
+        inner = f'{mounts} && exec {EXIM} -C {self.directory}/exim.conf "$@"'
+        return _script(self.directory / "sendmail", f"exec unshare -m /bin/sh -c '{inner}' sendmail \"$@\"\n")
+
+    def log(self) -> str:
+        return "".join(path.read_text(errors="replace") for path in sorted((self.directory / "logs").iterdir()))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._finalizer()
+
+
+EXIM_CONF = """\
+exim_path = {program}
+spool_directory = {directory}/spool
+log_file_path = {directory}/logs/%s
+primary_hostname = mta.test
+keep_environment =
+message_size_limit = {size}
+begin routers
+relay:
+  driver = manualroute
+  transport = smtp
+  route_list = * {host}
+  self = send
+begin transports
+smtp:
+  driver = smtp
+  port = {port}
+  allow_localhost
+begin retry
+* * F,2h,1s
+"""
 
 
 MASTER_CF = """\
@@ -426,6 +494,12 @@ class Wire:
                 back.join()
                 with self._lock:
                     self._sockets -= {client, server}
+
+
+def _script(path: Path, text: str) -> Path:
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(0o755)
+    return path
 
 
 def _is_listening(port: int) -> bool:
