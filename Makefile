@@ -3,7 +3,16 @@ BIN := .venv/bin
 # One word: a path with white space cannot be a script's interpreter.
 HERE := $(CURDIR)
 
-.PHONY: venv run test test-quick lint lock clean
+# Where `make install` puts things; DESTDIR, for packages, goes before each path and into no file.
+PREFIX ?= /usr/local
+LIBRARY = $(PREFIX)/lib/php-secure-sendmail
+INSTALLED = $(DESTDIR)$(LIBRARY)
+CONFIGURATION = $(DESTDIR)/etc/php-secure-sendmail
+DOCUMENTATION = $(DESTDIR)$(PREFIX)/share/doc/php-secure-sendmail
+# As systemd spells the path of the spool.
+SPOOL_MOUNT = var-spool-php\x2dsecure\x2dsendmail.mount
+
+.PHONY: venv install uninstall run test test-quick lint lock clean
 
 venv: .venv/runtime
 
@@ -23,6 +32,48 @@ venv: .venv/runtime
 .venv/development: .venv/runtime requirements-dev.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
 	@touch $@
+
+# For the system's Python with Debian's packages: no virtual environment, no network. Again and again, as an upgrade too.
+install: PYTHON = /usr/bin/python3
+install:
+	@[ -n "$(DESTDIR)" ] || $(PYTHON) -I -c 'import click, pymysql, rich, watchdog' || { \
+		echo "Missing; on Debian: apt-get install python3-click python3-pymysql python3-rich python3-watchdog"; exit 1; }
+	@set -eu; umask 022; \
+	put() { mkdir -p "$${3%/*}"; \
+		sed -e 's|@PYTHON@|$(PYTHON)|' -e 's|@LIBRARY@|$(LIBRARY)|' -e "s|@MODULE@|$${4:-}|" \
+			-e 's|@BIN@|$(PREFIX)/bin|' -e 's|/usr/local/bin|$(PREFIX)/bin|' "$$2" > "$$3.new"; \
+		chmod "$$1" "$$3.new"; mv -f "$$3.new" "$$3"; }; \
+	rm -rf "$(INSTALLED).new" "$(INSTALLED).old"; \
+	for directory in enqueue releaser releaser/cli; do \
+		mkdir -p "$(INSTALLED).new/$$directory"; install -m 0644 $$directory/*.py "$(INSTALLED).new/$$directory"; done; \
+	put 0644 config/schema.sql "$(INSTALLED).new/config/schema.sql"; \
+	$(PYTHON) -I -m compileall -q --invalidation-mode unchecked-hash \
+		-s "$(INSTALLED).new" -p "$(LIBRARY)" "$(INSTALLED).new"; \
+	: Two renames: no mail is refused for longer than that, and no module of an older version stays.; \
+	[ ! -e "$(INSTALLED)" ] || mv -T "$(INSTALLED)" "$(INSTALLED).old"; \
+	mv -T "$(INSTALLED).new" "$(INSTALLED)"; rm -rf "$(INSTALLED).old"; \
+	put 0755 enqueue/secure-sendmail-enqueue.in "$(DESTDIR)$(PREFIX)/bin/secure-sendmail-enqueue"; \
+	put 0755 releaser/command.in "$(DESTDIR)$(PREFIX)/bin/secure-sendmail-releaser" releaser.daemon; \
+	put 0755 releaser/command.in "$(DESTDIR)$(PREFIX)/bin/secure-sendmail" releaser.cli.main; \
+	put 0644 config/systemd/secure-sendmail-releaser.service.in \
+		"$(DESTDIR)$(PREFIX)/lib/systemd/system/secure-sendmail-releaser.service"; \
+	put 0644 config/systemd/spool.mount "$(DESTDIR)$(PREFIX)/lib/systemd/system/"'$(SPOOL_MOUNT)'; \
+	put 0644 config/sysusers.conf "$(DESTDIR)$(PREFIX)/lib/sysusers.d/php-secure-sendmail.conf"; \
+	put 0644 config/tmpfiles.conf "$(DESTDIR)$(PREFIX)/lib/tmpfiles.d/php-secure-sendmail.conf"; \
+	for file in README.md spool_layout.md LICENSE config/apache.conf config/php-fpm.conf config/releaser.toml \
+		config/systemd/sendmail-setgid.conf; do put 0644 $$file "$(DOCUMENTATION)/$${file##*/}"; done; \
+	[ -d "$(CONFIGURATION)/vhosts.d" ] || install -d -m 0750 "$(CONFIGURATION)" "$(CONFIGURATION)/vhosts.d"; \
+	[ -e "$(CONFIGURATION)/releaser.toml" ] || put 0640 config/releaser.toml "$(CONFIGURATION)/releaser.toml"; \
+	[ -e "$(DESTDIR)/etc/logrotate.d/php-secure-sendmail" ] || \
+		put 0644 config/logrotate.conf "$(DESTDIR)/etc/logrotate.d/php-secure-sendmail"
+
+# Leaves configuration, spool, state, logs and the user: there may be mail.
+uninstall:
+	rm -rf "$(INSTALLED)" "$(DOCUMENTATION)"
+	cd "$(DESTDIR)$(PREFIX)" && rm -f bin/secure-sendmail bin/secure-sendmail-releaser bin/secure-sendmail-enqueue \
+		lib/systemd/system/secure-sendmail-releaser.service 'lib/systemd/system/$(SPOOL_MOUNT)' \
+		lib/sysusers.d/php-secure-sendmail.conf lib/tmpfiles.d/php-secure-sendmail.conf
+	rm -f "$(DESTDIR)/etc/logrotate.d/php-secure-sendmail"
 
 run: .venv/runtime
 	@$(BIN)/python tryout.py $(if $(ONCE),--once)
