@@ -11,12 +11,12 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from host import PATIENCE, ROOT, Host, smtp, text
 from servers import Sink
+from system import DAEMON, PATH, System, child
 
 from releaser.notify import Notify
 
@@ -346,55 +346,46 @@ def expanded(names: list[str]) -> set[str]:
 
 
 @pytest.mark.server
-def test_unit_allows_what_the_releaser_does(staged: Path, sink: Sink, tmp_path: Path) -> None:
+def test_unit_allows_what_the_releaser_does(staged: Path, sink: Sink) -> None:
     """Every system call of a working day is one that the unit allows, and no memory is both written and executed."""
     allowed: set[str] = set()
     for key, value in settings(unit(staged)):
         if key == "SystemCallFilter":
             names = expanded(value.removeprefix("~").split())
             allowed = allowed - names if value.startswith("~") else allowed | names
-    assert {"read", "inotify_add_watch"} <= allowed and not {"ptrace", "setuid", "chown"} & allowed
-    trace, program = tmp_path / "trace", tmp_path / "releaser"
-    # With Debian's own Python and libraries, as it is installed; but for where its modules are.
-    installed = staged / dict(settings(unit(staged)))["ExecStart"].lstrip("/")
-    program.write_text(installed.read_text().replace('"/usr/local', f'"{staged}/usr/local'))
-    program.chmod(0o755)
-    with Host(mta=smtp(sink.port), default=["3/1h"]) as host:
-        host.add(VHOST)
-        words = ["strace", "-f", "-qq", "-o", str(trace), str(program), "--config", str(host.config)]
-        with running(words, tmp_path / "log"):
-            host.send(VHOST, message=text("one@x.example", subject="small"))
-            host.send(VHOST, message=text("one@x.example", subject="large", body="0123456789\n" * 200_000))
-            sink.wait(2, timeout=PATIENCE)
-            host.send(VHOST, message=text("one@x.example", "two@x.example", subject="over"))
-            host.wait(host.held, "the third is held")
-            host.cli("hold", "release", *host.held())
-            sink.wait(3, timeout=PATIENCE)
-            host.configure(default=["unlimited"], mta=f"sendmail:{shutil.which('true')}")
-            host.wait(lambda: "configuration loaded" in (tmp_path / "log").read_text(), "the other MTA is known")
-            host.send(VHOST, message=text("one@x.example", subject="command"))
-            host.wait(lambda: len(host.rows("released")) == 5, "the command has it")
-            host.configure(mta=f"maildir:{host.maildir}")
-            host.send(VHOST, message=text("one@x.example", subject="maildir"))
-            host.wait(lambda: len(host.rows("released")) == 6, "it has been sent")
-    lines = trace.read_text(errors="replace").splitlines()
+    assert {"read", "inotify_add_watch"} <= allowed and not {"ptrace", "setuid", "fchown"} & allowed
+    with System(mta=smtp(sink.port), default=["3/1h"]) as host:
+        # As tmpfiles.d makes it: vhosts' files there belong to the same group.
+        os.chown(host.config.parent, 0, host.uids[DAEMON])
+        host.configure(extra=f'[log]\nerror_log = "{host.error_log}"\n')
+        host.register(VHOST, "c1")
+        trace, log = host.logs / "trace", host.logs / "stderr"
+        words = ["strace", "-f", "-qq", "-o", trace, host.programs / "secure-sendmail-releaser", "--config", host.config]
+        with log.open("wb") as stderr:
+            process = subprocess.Popen(host.words(words, DAEMON), stderr=stderr, cwd="/", env={"PATH": PATH})
+        host.send(VHOST, message=text("one@x.example", subject="small"))
+        host.send(VHOST, message=text("one@x.example", subject="large", body="0123456789\n" * 200_000))
+        sink.wait(2, timeout=PATIENCE)
+        host.send(VHOST, message=text("one@x.example", "two@x.example", subject="over"))
+        host.wait(host.held, "the third is held")
+        host.cli("hold", "release", *host.held())
+        sink.wait(3, timeout=PATIENCE)
+        host.configure(default=["unlimited"], mta=f"sendmail:{shutil.which('true')}")
+        host.wait(lambda: "configuration loaded" in log.read_text(), "the other MTA is known")
+        assert host.enqueue(VHOST, message=text("one@x.example", subject="command")).returncode == 0
+        host.wait(lambda: len(host.rows("released")) == 5, "the command has it")
+        host.configure(default=["0/1h"], mta=f"maildir:{host.maildir}")
+        host.wait(lambda: log.read_text().count("configuration loaded") == 2, "the maildir is known")
+        assert host.enqueue(VHOST, message=text("one@x.example", subject="maildir")).returncode == 0
+        host.wait(host.held, "it is over the limit")
+        host.cli("hold", "release", *host.held())
+        host.wait_for_mail(1)
+        # strace runs the releaser, and nsenter strace.
+        os.kill(child(child(process.pid)), signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
+        assert host.error_log.exists()
+        lines = trace.read_text(errors="replace").splitlines()
     calls = {match[1] for line in lines if (match := re.match(r"\d+ +([a-z_0-9]+)\(", line))}
     assert {"fsync", "rename", "inotify_add_watch", "connect", "execve"} <= calls
-    # As root, which it is here and never in the unit, SQLite gives its files to the owner of the database.
-    assert calls - allowed <= {"fchown"}
+    assert calls - allowed == set()
     assert [line for line in lines if re.search(r"\bmmap\(.*PROT_WRITE\|PROT_EXEC|\bmprotect\(.*PROT_EXEC", line)] == []
-
-
-@contextmanager
-def running(words: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A program that that strace runs and that ends in good order when it is told to."""
-    with log.open("wb") as stderr:
-        process = subprocess.Popen(words, stderr=stderr)
-    try:
-        yield process
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(children[0]), signal.SIGTERM)
-        assert process.wait(PATIENCE) == 0
-    finally:
-        process.kill()
-        process.wait()
