@@ -60,6 +60,29 @@ unpack() { # PACKAGE
     download=
 }
 
+# A Debian of this machine's release, with what every server has and nothing of ours. Nobody changes it.
+base=$cache/root
+
+make_base() {
+    local codename sources mirror new=$base.new
+    codename=$(. /etc/os-release && echo "$VERSION_CODENAME")
+    sources=$(apt-get indextargets --format 'deb $(REPO_URI) $(RELEASE) $(COMPONENT)' 'Created-By: Packages' |
+        awk -v codename="$codename" '$3 ~ "^" codename "(-updates|-security)?$"' | sort -u)
+    mirror=$(awk -v codename="$codename" '$3 == codename { print $2; exit }' <<< "$sources")
+    rm -rf "$new"
+    echo "debootstrap makes a Debian for the test of the installation, in $base"
+    debootstrap --variant=minbase --include=systemd,procps,logrotate "$codename" "$new" "$mirror" > "$new.log" ||
+        { tail -n 20 "$new.log" >&2; exit 1; }
+    echo "$sources" > "$new/etc/apt/sources.list"
+    # As this machine reaches the mirror.
+    apt-config dump | grep -E '^Acquire::(https?::|Check-)' > "$new/etc/apt/apt.conf.d/90machine" || true
+    if [ -e /etc/ssl/certs/ca-certificates.crt ]; then
+        mkdir -p "$new/etc/ssl/certs"
+        cp -L /etc/ssl/certs/ca-certificates.crt "$new/etc/ssl/certs/"
+    fi
+    mv "$new" "$base"
+}
+
 installed=" $(dpkg-query -W -f '${Package}:${db:Status-Status} ' "${needed[@]}" 2>/dev/null || true)"
 to_install=()
 for package in "${needed[@]}"; do
@@ -70,17 +93,20 @@ for entry in "${unpacked[@]}"; do
     is_unpacked "${entry%%:*}" "${entry#*:}" || to_unpack+=("${entry%%:*}")
 done
 
-if [ $((${#to_install[@]} + ${#to_unpack[@]})) -gt 0 ]; then
+to_make=()
+[ -d "$base" ] || to_make+=("$base")
+
+if [ $((${#to_install[@]} + ${#to_unpack[@]} + ${#to_make[@]})) -gt 0 ]; then
     if [ "$(id -u)" != 0 ]; then
         {
             echo "make test needs Debian packages that are missing. Run as root:"
             echo
             echo "    apt-get update"
             [ ${#to_install[@]} = 0 ] || echo "    apt-get install -y --no-install-recommends ${to_install[*]}"
-            [ ${#to_unpack[@]} = 0 ] || printf '    bash %q\n' "$root/tests/packages.sh"
-            if [ ${#to_unpack[@]} -gt 0 ]; then
+            if [ $((${#to_unpack[@]} + ${#to_make[@]})) -gt 0 ]; then
+                printf '    bash %q\n' "$root/tests/packages.sh"
                 echo
-                echo "The last one unpacks ${to_unpack[*]} into $cache (and does not install it)."
+                echo "The last one unpacks Debian packages into $cache (and does not install them): ${to_unpack[*]} ${to_make[*]}"
             fi
         } >&2
         exit 1
@@ -100,6 +126,7 @@ if [ $((${#to_install[@]} + ${#to_unpack[@]})) -gt 0 ]; then
     for package in "${to_unpack[@]}"; do
         unpack "$package"
     done
+    [ ${#to_make[@]} = 0 ] || make_base
 fi
 
 if [ "$(id -u)" != 0 ]; then

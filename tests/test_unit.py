@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from host import PATIENCE, ROOT, Host, smtp, text
+from notify_socket import Listener
 from servers import Sink
 from system import DAEMON, PATH, System, child
 
@@ -23,54 +23,6 @@ from releaser.notify import Notify
 VHOST = "www.a.example"
 UNIT = "secure-sendmail-releaser.service"
 SPOOL = "/var/spool/php-secure-sendmail"
-
-
-class Listener:
-    """The socket that systemd gives a service, and what came in there, with the time."""
-
-    def __init__(self, address: str) -> None:
-        self.address = address
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(address.replace("@", "\0"))
-        self.heard: list[tuple[float, str]] = []
-
-    def words(self) -> list[str]:
-        """Everything so far, in order."""
-        self._socket.setblocking(False)
-        try:
-            while True:
-                self._hear()
-        except BlockingIOError:
-            return [words for _, words in self.heard]
-
-    def wait(self, words: str, timeout: float = PATIENCE) -> None:
-        """Until a datagram begins with WORDS that has not been waited for."""
-        end = time.monotonic() + timeout
-        while True:
-            self._socket.settimeout(max(end - time.monotonic(), 0.001))
-            if self._hear().startswith(words):
-                return
-
-    def signs(self, seconds: float) -> list[float]:
-        """The times of the signs of life of the next SECONDS, between the times when they begin and end."""
-        begin = time.monotonic()
-        times = [begin]
-        while (left := begin + seconds - time.monotonic()) > 0:
-            self._socket.settimeout(left)
-            try:
-                if self._hear() == "WATCHDOG=1":
-                    times.append(time.monotonic())
-            except TimeoutError:
-                pass
-        return [*times, begin + seconds]
-
-    def _hear(self) -> str:
-        words = self._socket.recv(65536).decode()
-        self.heard.append((time.monotonic(), words))
-        return words
-
-    def close(self) -> None:
-        self._socket.close()
 
 
 @pytest.fixture(params=["path", "abstract"])
@@ -305,6 +257,7 @@ def test_unit_runs_what_is_installed(staged: Path) -> None:
     assert "\nu secure-sendmail - " in sysusers
 
 
+@pytest.mark.server
 def test_unit_of_the_spool(staged: Path) -> None:
     """The spool is mounted on itself, without set-uid, devices and programs; the unit has the name that systemd wants."""
     words = ["systemd-escape", "-p", "--suffix=mount", SPOOL]
