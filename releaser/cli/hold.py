@@ -64,8 +64,8 @@ def show(context: Context, queue_id: str, raw: bool, as_json: bool) -> None:
     if row is None:
         raise Failed(f"no message {queue_id!r}")
     if as_json:
-        output.as_json({**_facts(row), "state": row.state, "cwd": row.cwd, "uid": row.uid, "verified": bool(row.verified), "message_id": row.message_id,
-                        "arrived_at": row.arrived_at, "actor": row.actor})  # fmt: skip
+        output.as_json({**_facts(row), "state": row.state, "cwd": row.cwd, "uid": row.uid, "verified": bool(row.verified),
+                        "message_id": row.message_id, "arrived_at": row.arrived_at, "actor": row.actor})  # fmt: skip
         return
     if row.state not in QUEUE_OF:
         raise Failed(f"{queue_id}: {_ended(row)}; its text is gone")
@@ -82,7 +82,8 @@ def show(context: Context, queue_id: str, raw: bool, as_json: bool) -> None:
             sys.stdout.buffer.flush()
             return
         facts = [
-            ("state", row.state), ("vhost", row.vhost if row.verified else f"{row.vhost} (claimed)"), ("reason", row.reason), ("sender", row.sender or "<>"),
+            ("state", row.state), ("vhost", row.vhost if row.verified else f"{row.vhost} (claimed)"),
+            ("reason", row.reason), ("sender", row.sender or "<>"),
             *(("recipient", recipient) for recipient in found.recipients), *(("failed", words) for words in found.failed),
             ("held at", row.held_at or ""), ("arrived", row.arrived_at), ("uid", row.uid), ("script (claimed)", row.script),
             ("cwd (claimed)", row.cwd), ("program (claimed)", found.program), ("size", row.size),
