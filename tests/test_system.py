@@ -86,18 +86,19 @@ sleeping = subprocess.Popen(made.words(["sleep", "1000"]))
 print(made._init, made.directory, flush=True)
 time.sleep(1000)
 """
-    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert run.stdout is not None
-    init, directory = run.stdout.readline().split()
-    assert Path(directory, "accounts").is_dir()
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as run:
+        try:
+            assert run.stdout is not None
+            init, directory = run.stdout.readline().split()
 
-    def inside() -> list[str]:
-        return subprocess.run(["pgrep", "--ns", init, "--nslist", "pid"], capture_output=True, text=True).stdout.split()
+            def inside() -> list[str]:
+                return subprocess.run(["pgrep", "--ns", init, "--nslist", "pid"], capture_output=True, text=True).stdout.split()
 
-    wait_until(lambda: len(inside()) == 2, 10, "the first process and the other are there")
-    children = inside()
-    run.send_signal(signal.SIGKILL)
-    run.communicate()
+            wait_until(lambda: len(inside()) == 2, 10, "the first process and the other are there")
+            assert Path(directory, "accounts").is_dir()
+            children = inside()
+        finally:
+            run.send_signal(signal.SIGKILL)
     wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in children), 10, "they have ended")
     wait_until(lambda: not os.path.exists(directory), 10, "the files have gone")
 
