@@ -33,7 +33,8 @@ venv: .venv/runtime
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
 	@touch $@
 
-# For the system's Python with Debian's packages: no virtual environment, no network. Again and again, as an upgrade too.
+# For the system's Python with Debian's packages: no virtual environment, no network. Also an upgrade, while it runs: PHP's
+# mail is refused for no longer than lies between two renames, and no module of the older version stays.
 install: PYTHON = /usr/bin/python3
 install:
 	@[ -n "$(DESTDIR)" ] || $(PYTHON) -I -c 'import click, pymysql, rich, watchdog' || { \
@@ -49,7 +50,6 @@ install:
 	put 0644 config/schema.sql "$(INSTALLED).new/config/schema.sql"; \
 	$(PYTHON) -I -m compileall -q --invalidation-mode unchecked-hash \
 		-s "$(INSTALLED).new" -p "$(LIBRARY)" "$(INSTALLED).new"; \
-	: Two renames: no mail is refused for longer than that, and no module of an older version stays.; \
 	[ ! -e "$(INSTALLED)" ] || mv -T "$(INSTALLED)" "$(INSTALLED).old"; \
 	mv -T "$(INSTALLED).new" "$(INSTALLED)"; rm -rf "$(INSTALLED).old"; \
 	put 0755 enqueue/secure-sendmail-enqueue.in "$(DESTDIR)$(PREFIX)/bin/secure-sendmail-enqueue"; \

@@ -217,6 +217,30 @@ def use(root: CleanRoot, service: Service, sink: Sink) -> None:
     assert list(root.path("/var/lib/php-secure-sendmail").iterdir())
 
 
+@pytest.mark.server
+def test_install_examples_for_php(tmp_path: Path) -> None:
+    """Apache and php-fpm take the examples as they are, and php-fpm reads in its own the line that is meant."""
+    (php,) = Path("/usr/lib/apache2/modules").glob("libphp*.so")
+    modules = {"mpm_prefork_module": "mod_mpm_prefork.so", "authz_core_module": "mod_authz_core.so", "php_module": php.name}
+    lines = [f"LoadModule {name} {php.parent}/{file}" for name, file in modules.items()]
+    apache = tmp_path / "apache.conf"
+    apache.write_text(
+        "\n".join(
+            [f"ServerRoot {tmp_path}", "ServerName localhost", "ErrorLog log", *lines, f"Include {ROOT}/config/apache.conf", ""]
+        )
+    )
+    run = subprocess.run(["apache2", "-t", "-f", apache], capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stderr) == (0, "Syntax OK\n")
+    (fpm,) = Path("/usr/sbin").glob("php-fpm*")
+    pool = tmp_path / "pool.conf"
+    # What every pool has besides, and a user that is there.
+    rest = f"\nlisten = {tmp_path}/socket\npm = static\npm.max_children = 1\n"
+    pool.write_text("[global]\n" + (ROOT / "config/php-fpm.conf").read_text().replace("user = c1", "user = nobody") + rest)
+    run = subprocess.run([fpm, "-tt", "-n", "-y", pool], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0 and "test is successful" in run.stderr
+    assert f"php_admin_value[sendmail_path] = {ENQUEUE} www.example.com -t -i\n" in run.stderr
+
+
 @pytest.fixture(scope="module")
 def staged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A package's tree, made by whoever runs the tests, with an umask that takes everything away."""
