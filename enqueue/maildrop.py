@@ -36,9 +36,13 @@ class Policy:
 
     def warning(self, vhost: str, now: float) -> bytes:
         """The line that the releaser wants said to who sends as VHOST; empty where there is none, or it is too old."""
-        key = b"Warning: " + vhost.encode() + b" "
-        found = [line[len(key) :] for line in self._lines if line.startswith(key)]
-        return found[-1] if found and now < self.until else b""
+        # What is said of the shared maildrop is said to everyone who uses it.
+        for name in (vhost, UNREGISTERED):
+            key = b"Warning: " + name.encode() + b" "
+            found = [line[len(key) :] for line in self._lines if line.startswith(key)]
+            if found and now < self.until:
+                return found[-1]
+        return b""
 
 
 class Maildrop:

@@ -121,7 +121,7 @@ class Daemon:
             self._start_watch(settings)
         # What is found at the start may take long; mail is taken by enqueue all the while.
         self._notify.ready()
-        releaser.start()
+        releaser.start(self._notify.alive)
         LOG.info(maillog.started(settings.spool, releaser.vhosts, settings.mta_url))
         _say_observed(settings)
         self._loop(releaser)

@@ -88,6 +88,9 @@ def _open(path: str, not_inside: tuple[str, ...], create: bool) -> int:
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         os.close(fd)
         raise NotWritten("not a regular file with one name")
+    if status.st_uid == os.geteuid() and not status.st_size:
+        # Whatever the umask is: for the group of the directory's log readers.
+        os.fchmod(fd, 0o640)
     return fd
 
 

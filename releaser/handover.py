@@ -156,7 +156,7 @@ class HandOver:
         row = self._ledger.row(queue_id)
         if row is None or row.state != ACTIVE or queue_id in self._flights:
             return
-        stopped = self._ledger.stopped(row.vhost) if row.decision != "release" else None
+        stopped = self.stopped(row) if row.decision != "release" else None
         if stopped is not None:
             self._hold(batch, row, stopped)
             return
@@ -180,6 +180,11 @@ class HandOver:
         again = bool(row.attempt_open)
         row.attempts += 1
         self.begin(batch, Flight(row, partial(self.open, queue_id), ascii_only, again=again))
+
+    def stopped(self, row: Row) -> str | None:
+        """Why ROW is to be held whatever its limits say: its vhost was stopped, or the maildrop that it came from."""
+        found = self._ledger.stopped(row.vhost)
+        return found or (self._ledger.stopped(row.maildrop) if row.maildrop != row.vhost else None)
 
     def _hold(self, batch: Batch, row: Row, reason: str) -> None:
         """S5 -> S7: its vhost was stopped while it waited for the MTA."""

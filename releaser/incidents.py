@@ -16,8 +16,8 @@ from releaser.maillog import LOG
 NOTICE_DELAY = 10
 # Notices in an hour; the last of them waits a little, and is a summary of all that are due by then.
 NOTICES, NOTICES_SECONDS, SUMMARY_DELAY = 20, 3600, 30
-# Warnings in one policy, the latest; the shared maildrop can have many.
-WARNINGS = 200
+# Bytes of warnings in one policy, the latest; the shared maildrop can have many, and enqueue reads no more than 64 KiB.
+WARNINGS_SIZE = 32 << 10
 
 
 class Incidents:
@@ -57,9 +57,14 @@ class Incidents:
         return opened
 
     def warnings(self, vhosts: list[str]) -> list[tuple[str, str]]:
-        """(vhost, warning) of the open incidents of VHOSTS."""
-        found = [(name, self._open[name].warning) for name in vhosts if name in self._open]
-        return found[-WARNINGS:]
+        """(vhost, warning) of the open incidents of VHOSTS, as far as they have room in a policy."""
+        found, room = [], WARNINGS_SIZE
+        for name in reversed([name for name in vhosts if name in self._open]):
+            room -= len(name) + len(self._open[name].warning) + 20
+            if room < 0:
+                break
+            found.append((name, self._open[name].warning))
+        return found
 
     @property
     def vhosts(self) -> list[str]:
@@ -159,14 +164,16 @@ class Incidents:
         parts = []
         for incident, what in zip(incidents, becomes, strict=True):
             top = self._ledger.top_script(incident.vhost, incident.opened_at - NOTICES_SECONDS)
-            script = f"{_ascii(top[0])} ({top[1]} log rows; what a script says of itself)" if top else "not known"
+            script = f"{_ascii(top[0])} ({top[1]} messages in an hour; what they say of themselves)" if top else "not known"
             review = "limits show" if incident.observed else "hold list --vhost"
+            if incident.vhost == layout.UNREGISTERED:
+                review = "hold list --reason uid"
             parts.append(
                 f"{incident.warning}\n\n"
                 f"Limit:      {incident.limit_text}\n"
                 f"Over it:    {incident.held} message{'' if incident.held == 1 else 's'} until now, {what}\n"
                 f"Top script: {script}\n"
-                f"Review:     secure-sendmail {review} {incident.vhost}\n"
+                f"Review:     secure-sendmail {review}{'' if review.endswith('uid') else f' {incident.vhost}'}\n"
                 f'Stop all:   secure-sendmail stop {incident.vhost} --why "..."\n'
             )
         return subject, "\n\n".join(parts) + "\nThis is the only notice of each until it has ended.\n"

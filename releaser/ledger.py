@@ -411,10 +411,10 @@ class Ledger:
         return int(self._db.execute(sql, (since,)).fetchone()[0])
 
     def top_script(self, vhost: str, since: float) -> tuple[str, int] | None:
-        """The script, as claimed, that most of VHOST's log rows after SINCE name, and how many."""
+        """The script, as claimed, that most of VHOST's messages logged after SINCE name, and how many."""
         sql = (
-            "SELECT script, count(*) FROM mail_log WHERE logged_at >= ? AND vhost = ? AND script <> '' "
-            "GROUP BY script ORDER BY count(*) DESC LIMIT 1"
+            "SELECT script, count(DISTINCT queue_id) AS messages FROM mail_log WHERE logged_at >= ? AND vhost = ? "
+            "AND script <> '' GROUP BY script ORDER BY messages DESC LIMIT 1"
         )
         found = self._db.execute(sql, (utc(since), vhost)).fetchone()
         return (found[0], found[1]) if found else None
@@ -479,7 +479,10 @@ class Ledger:
             changes = "vhost = ?, maildrop = CASE maildrop WHEN ? THEN ? ELSE maildrop END"
             for where in ("counted_at IS NOT NULL", UNFINISHED):
                 self._db.execute(f"UPDATE message SET {changes} WHERE vhost = ? AND {where}", (new, old, new, old))
-            self._db.execute("UPDATE incident SET vhost = ? WHERE vhost = ?", (new, old))
+            warning = f"domain {old}:", f"domain {new}:"
+            self._db.execute(
+                "UPDATE incident SET vhost = ?, warning = replace(warning, ?, ?) WHERE vhost = ?", (new, *warning, old)
+            )
             self._db.execute("UPDATE OR IGNORE stopped SET vhost = ? WHERE vhost = ?", (new, old))
             self._db.execute("DELETE FROM stopped WHERE vhost = ?", (old,))
             pending = "old = ? AND new = ? AND executed_at IS NULL"

@@ -1,6 +1,7 @@
 """Every sentence of the daemon's log, a function each: queue id first, then key=value. No addresses: the log tables have them."""
 
 import logging
+import os
 import re
 import sys
 
@@ -10,7 +11,9 @@ LOG = logging.getLogger("secure-sendmail")
 def start() -> None:
     """Log to standard error, from where systemd takes it to the journal."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("secure-sendmail-releaser[%(process)d]: %(levelname)s: %(message)s"))
+    # The journal has the name and the number itself.
+    name = "" if os.environ.get("JOURNAL_STREAM") else "secure-sendmail-releaser[%(process)d]: "
+    handler.setFormatter(logging.Formatter(f"{name}%(levelname)s: %(message)s"))
     LOG.addHandler(handler)
     LOG.setLevel(logging.INFO)
 

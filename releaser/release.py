@@ -46,13 +46,13 @@ class Releaser:
 
     # What the daemon calls.
 
-    def start(self) -> None:
-        """Take up what an earlier run, or a crash, has left."""
+    def start(self, alive: Callable[[], None] = lambda: None) -> None:
+        """Take up what an earlier run, or a crash, has left. ALIVE is called again and again meanwhile."""
         for old, new in self._ledger.renames():
             if self._is_renamed(old, new):
                 self._ledger.carry_over(old, new)
                 self._incidents.load()
-        taken_up = startup.take_up(self._spool, self._ledger)
+        taken_up = startup.take_up(self._spool, self._ledger, alive)
         self._drops.known.update(taken_up.known)
         self._drops.removed += taken_up.removed
         for stamp, queue_id in taken_up.retries:
@@ -203,7 +203,7 @@ class Releaser:
                 # The unlink that the file system has prevented.
                 batch.then(partial(self._drops.remove, known, submitted))
                 return
-            stopped = self._ledger.stopped(known.vhost)
+            stopped = self._handover.stopped(known)
             if stopped is not None:
                 # S4 -> S3, where there is a copy.
                 mailqueue.remove(self._spool, "active", known.queue_id)
@@ -217,8 +217,11 @@ class Releaser:
         row = self._new_row(submitted)
         settings = self._settings(row.vhost)
         reason, excess = self._verdict(submitted, row)
-        if excess is not None and self._incidents.over(batch, row.vhost, excess.limit, settings.over_limit):
-            batch.then(partial(self._drops.write_policy, row.vhost))
+        if excess is not None:
+            # Where only the uid is over its limit, the names that it makes up are one incident.
+            told = layout.UNREGISTERED if reason.endswith(f" of uid {row.uid}") else row.vhost
+            if self._incidents.over(batch, told, excess.limit, settings.over_limit):
+                batch.then(partial(self._drops.write_policy, told))
         if reason and not (excess and settings.over_limit == "observe"):
             self._hold(batch, row, submitted, reason)
             return
@@ -232,7 +235,7 @@ class Releaser:
 
     def _verdict(self, submitted: pickup.Submitted, row: Row) -> tuple[str, limits.Excess | None]:
         """Why the message is to be held, empty if it is not; and the limit, where that is the reason."""
-        reason = self._ledger.stopped(row.vhost) or self._not_theirs(submitted, row)
+        reason = self._handover.stopped(row) or self._not_theirs(submitted, row)
         if reason:
             return reason, None
         if row.size > self._max_size(row.vhost):
@@ -451,7 +454,7 @@ class Releaser:
     def _policy(self, vhost: str, bell: str) -> bytes:
         vhosts = [vhost]
         if vhost == layout.UNREGISTERED:
-            vhosts = [name for name in self._incidents.vhosts if name not in self._drops]
+            vhosts += [name for name in self._incidents.vhosts if name not in self._drops]
         return policy.render(self.config, vhost, bell, self._max_size(vhost), self._incidents.warnings(vhosts), time.time())
 
     def _max_size(self, vhost: str) -> int:

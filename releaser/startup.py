@@ -3,6 +3,7 @@
 import io
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -26,10 +27,10 @@ class TakenUp:
     retries: list[tuple[float, str]] = field(default_factory=list)
 
 
-def take_up(spool: str, book: Ledger) -> TakenUp:
-    """Bring SPOOL and BOOK to agree. Before anything else runs on either."""
+def take_up(spool: str, book: Ledger, alive: Callable[[], None] = lambda: None) -> TakenUp:
+    """Bring SPOOL and BOOK to agree. Before anything else runs on either. ALIVE is called again and again meanwhile."""
     mailqueue.remove_partial(spool)
-    _adopt(spool, book)
+    _adopt(spool, book, alive)
     _adopt_corrupt(spool, book)
     _remove_unrecorded_failures(spool, book)
     _move_into_place(spool, book)
@@ -73,11 +74,12 @@ def close_unknown(batch: Batch, row: Row, reason: str) -> None:
     LOG.error(maillog.unknown(row.queue_id, row.vhost, reason))
 
 
-def _adopt(spool: str, book: Ledger) -> None:
+def _adopt(spool: str, book: Ledger, alive: Callable[[], None]) -> None:
     """Files without a row: copies whose commit a crash prevented, or all there is where a ledger was lost."""
     known = set(book.queue_ids(HELD, TRASHED, ACTIVE))
     for name in ("hold", "active", "trash", "failed"):
         for queue_id in mailqueue.listing(spool, name):
+            alive()
             if queue_id not in known and (name in ("hold", "active") or book.row(queue_id) is None):
                 try:
                     _adopt_one(spool, book, name, queue_id)

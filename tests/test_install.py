@@ -127,7 +127,7 @@ def test_install_as_the_readme_says(sink: Sink) -> None:
         assert {"nosuid", "nodev", "noexec"} <= options
         assert mode(root, SPOOL) == "711 root:root"
         assert mode(root, "/var/lib/php-secure-sendmail") == "700 secure-sendmail:secure-sendmail"
-        assert mode(root, "/var/log/php-secure-sendmail") == "750 secure-sendmail:adm"
+        assert mode(root, "/var/log/php-secure-sendmail") == "2750 secure-sendmail:adm"
 
         root.shell(step("cat > /etc/php-secure-sendmail/releaser.toml"))
         assert mode(root, CONFIG) == "640 root:secure-sendmail"
