@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from releaser.ledger import Ledger, LedgerError, is_utc, utc
+from releaser.ledger import SCHEMA_1, VERSION, Ledger, LedgerError, is_utc, utc
 
 
 @pytest.mark.parametrize("stamp", [0.0, 1795376167.011099, 951782400.5, 4102444799.999999])
@@ -38,3 +38,32 @@ def test_missing_ledger_is_named(tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match=r"no ledger.*vhost add"):
         Ledger(str(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ledger_of_version_1_is_taken_over(tmp_path: Path) -> None:
+    """Its mail, its usage and its log are what they were; and a second start finds the version that the first has made."""
+    columns = (
+        "queue_id, vhost, state, source, digest, counted_at, recipients, remaining, sender, size, arrived_at, picked_up_at, "
+        "uid, verified, message_id, subject, script, cwd, reason"
+    )
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as book:
+        book.executescript(SCHEMA_1 + "PRAGMA user_version = 1; INSERT INTO meta VALUES ('node', '0123456789abcdef');")
+        for queue_id, state, counted_at in (("0" * 17, "held", None), ("1" * 17, "done", 5.0)):
+            values = (queue_id, "www.a.example", state, None, "", counted_at, 3, '["r@x.example"]', "s@a.example", 9,
+                      utc(1), utc(2), 33, 1, "<1@a>", "subject", "", "", "over limit")  # fmt: skip
+            book.execute(f"INSERT INTO message ({columns}) VALUES ({', '.join('?' * len(values))})", values)
+    for _ in range(2):
+        ledger = Ledger(str(tmp_path))
+        assert ledger.node == "0123456789abcdef"
+        (row,) = ledger.rows("state = 'held'")
+        assert (row.queue_id, row.maildrop, row.remaining, row.reason) == (
+            "0" * 17,
+            "www.a.example",
+            ["r@x.example"],
+            "over limit",
+        )
+        assert ledger.usage("www.a.example", 0) == [(5.0, 3)]
+        assert ledger.incidents() == [] and ledger.stops() == [] and ledger.renames() == []
+        ledger.close()
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as book:
+        assert book.execute("PRAGMA user_version").fetchone() == (VERSION,)
