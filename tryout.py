@@ -58,6 +58,8 @@ def prepare() -> None:
         shutil.rmtree(VAR)
     CONFIG.parent.mkdir(parents=True, exist_ok=True)
     CONFIG.parent.chmod(0o700)
+    # Ours, also where root runs this on a host that has the user secure-sendmail: private mode.
+    (VAR / "state").mkdir(mode=0o700, exist_ok=True)
     CONFIG.write_text(
         f"""# Made by make run.
 spool = "{VAR}/spool"

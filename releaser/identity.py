@@ -149,6 +149,8 @@ def _check_way(directory: str) -> None:
     """Root follows no path to DIRECTORY that someone else can change; another uid can only harm itself."""
     if os.geteuid() != 0:
         return
+    if os.path.islink(directory):
+        raise NotOurs(f"{directory}: a symbolic link; name the directory itself in the configuration")
     parent = os.path.dirname(directory)
     while not os.path.lexists(parent):
         parent = os.path.dirname(parent)

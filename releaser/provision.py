@@ -66,10 +66,9 @@ def group(name: str | None) -> int | None:
 
 def make_spool(spool: str, state: str, identity: Identity) -> None:
     """Make whatever is missing of SPOOL and STATE; what is there stays as it is. Raises OSError."""
-    os.umask(0o077 if identity.private else 0o022)
     for path, place in ((spool, layout.SPOOL), (state, Place("releaser", "releaser", 0o700))):
         if not os.path.isdir(path):
-            os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+            _make_way(os.path.dirname(path), 0o700 if identity.private else 0o755)
             os.mkdir(path, 0o700)
             fd = os.open(path, _DIRECTORY)
             _give(fd, place, identity)
@@ -82,6 +81,14 @@ def make_spool(spool: str, state: str, identity: Identity) -> None:
             opened.make_directory(opened.fd, name, place)
         with opened.inside("wake") as wake:
             opened.make_bell(wake, layout.CONTROL_BELL, layout.CONTROL_BELL_PLACE, Gate())
+
+
+def _make_way(directory: str, mode: int) -> None:
+    if not os.path.isdir(directory):
+        _make_way(os.path.dirname(directory), mode)
+        os.mkdir(directory, mode)
+        # Whatever the umask is: customers must come through, or nobody.
+        os.chmod(directory, mode)
 
 
 class Spool:
