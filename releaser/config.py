@@ -1,5 +1,6 @@
 """releaser.toml and vhosts.d/*.toml: every key with its default, read once, with an error that names file and key."""
 
+import errno
 import json
 import os
 import pwd
@@ -9,7 +10,6 @@ import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import cached_property
 from typing import Any
 
 from releaser import envelope, layout, limits, trusted
@@ -21,7 +21,10 @@ UIDS_AGE = 60
 
 _DURATION = re.compile(r"([1-9][0-9]{0,6})([smhd])\Z")
 _SIZE = re.compile(r"([1-9][0-9]{0,8})([KMG]?)\Z")
-_USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,31}\$?\Z")
+# What useradd, a directory service or a number can be; nothing that would end a field or a line.
+_USER = re.compile(r"[^\s:/,\"]{1,255}\Z")
+# The highest uid; the one above it means none.
+MAX_UID = 2**32 - 2
 _HEADER = re.compile(r"[A-Za-z][A-Za-z0-9-]{0,60}\Z")
 
 
@@ -91,10 +94,15 @@ def _address(value: object) -> str:
     return str(value)
 
 
-def _users(value: object) -> tuple[str, ...]:
-    if not isinstance(value, list) or not value or not all(isinstance(item, str) and _USER.match(item) for item in value):
+def users(value: object) -> tuple[str, ...]:
+    """The names in a list of users, each once. Raises ValueError."""
+    if not isinstance(value, list) or not value or not all(isinstance(item, str) and _is_user(item) for item in value):
         raise ValueError(f'{value!r} is not a list of user names such as ["customer1"]')
-    return tuple(value)
+    return tuple(dict.fromkeys(value))
+
+
+def _is_user(text: str) -> bool:
+    return bool(_USER.match(text)) and text.isprintable()
 
 
 def _one_of(allowed: tuple[str, ...], later: tuple[str, ...] = ()) -> Callable[[object], str]:
@@ -180,7 +188,7 @@ VHOST_KEYS = {
     "sender_policy": Key(_SENDER_POLICY, None),
     "error_log": Key(_file, None),
     # In vhosts.d/V.toml alone.
-    "users": Key(_users, None),
+    "users": Key(users, None),
 }
 
 NOT_BUILT = {
@@ -242,10 +250,9 @@ class Config:
     # By exact name, and in file order by pattern; values already parsed.
     _exact: dict[str, dict[str, Any]] = field(repr=False)
     _patterns: dict[str, dict[str, Any]] = field(repr=False)
-
-    @cached_property
-    def _uids(self) -> dict[str, tuple[float, frozenset[int]]]:
-        return {}
+    # What was looked up already.
+    _found: dict[str, VhostSettings] = field(default_factory=dict, init=False, repr=False)
+    _uids: dict[str, tuple[float, frozenset[int]]] = field(default_factory=dict, init=False, repr=False)
 
     def uids(self, vhost: str) -> frozenset[int]:
         """The uids of the vhost's users, as far as they exist."""
@@ -261,6 +268,10 @@ class Config:
         """The vhosts that have users of their own."""
         return [name for name, keys in self._exact.items() if "users" in keys]
 
+    def has_users(self, name: str) -> bool:
+        """Whether the vhost has users of its own."""
+        return "users" in self._exact.get(name, {})
+
     def unregistered(self, name: str) -> VhostSettings:
         """The settings of a vhost that only claims its NAME: never more than the default limits."""
         settings, default = self.vhost(name), self._sections["limits"]
@@ -271,10 +282,6 @@ class Config:
             over_limit=settings.over_limit if default["over_limit"] == "observe" else default["over_limit"],
             max_message_size=min(settings.max_message_size, default["max_message_size"]),
         )
-
-    @cached_property
-    def _found(self) -> dict[str, VhostSettings]:
-        return {}
 
     def vhost(self, name: str) -> VhostSettings:
         """The settings of vhost NAME, key by key: its exact entry, then the first pattern that has the key, then [limits]."""
@@ -345,7 +352,7 @@ def uid_of(user: str) -> int | None:
     try:
         return pwd.getpwnam(user).pw_uid
     except KeyError:
-        return int(user) if user.isdecimal() else None
+        return int(user) if user.isascii() and user.isdecimal() and int(user) <= MAX_UID else None
 
 
 def signature(file: str) -> tuple[tuple[str, int, int, int], ...]:
@@ -365,14 +372,17 @@ def vhost_file(file: str, vhost: str) -> str:
     return os.path.join(vhosts_directory(file), f"{vhost}.toml")
 
 
-def write_vhost_file(file: str, vhost: str, users: Sequence[str], gid: int) -> None:
-    """Write the file of a new vhost, for the group GID to read; one that says the same is fine. Raises ConfigError, OSError."""
+def write_vhost_file(file: str, vhost: str, names: Sequence[str], gid: int) -> bool:
+    """Write the file of a new vhost, for the group GID to read; whether there was none that says the same.
+
+    Raises ConfigError, OSError.
+    """
     path = vhost_file(file, vhost)
     if os.path.lexists(path):
         keys = _vhost(path, "", _read(path))
-        if keys.get("users") != tuple(users):
+        if keys.get("users") != tuple(names):
             raise ConfigError(f"{path}: exists already, with users {list(keys.get('users', ()))}; remove it, or edit it")
-        return
+        return False
     directory = vhosts_directory(file)
     if not os.path.isdir(directory):
         os.mkdir(directory, 0o750)
@@ -380,13 +390,14 @@ def write_vhost_file(file: str, vhost: str, users: Sequence[str], gid: int) -> N
     fd = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
     with os.fdopen(fd, "w", encoding="utf-8") as stream:
         os.fchown(fd, -1, gid)
-        stream.write(f"users = {json.dumps(list(users))}\n")
+        stream.write(f"users = {json.dumps(list(names), ensure_ascii=False)}\n")
         stream.flush()
         os.fsync(fd)
     os.rename(f"{path}.new", path)
+    return True
 
 
-def names(file: str, vhost: str) -> bool:
+def has_section(file: str, vhost: str) -> bool:
     """Whether FILE itself has a section for VHOST. Raises ConfigError."""
     return vhost in _table(file, "vhosts", _read(file).get("vhosts", {}))
 
@@ -471,6 +482,10 @@ def _read(file: str) -> dict[str, Any]:
     except trusted.Untrusted as error:
         raise ConfigError(str(error)) from None
     except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror}") from None
+        hint = {
+            errno.ENOENT: "; write it, or name another with --config FILE",
+            errno.EACCES: "; run this as root",
+        }.get(error.errno or 0, "")
+        raise ConfigError(f"{file}: {error.strerror}{hint}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not valid TOML: {error}") from None

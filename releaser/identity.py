@@ -48,20 +48,25 @@ def of(spool: str, state: str) -> Identity:
         owner = account.pw_uid if account and os.geteuid() == 0 and root in (None, 0) else os.geteuid()
     if account and owner == account.pw_uid and root in (None, 0) and owner != 0:
         return Identity(account.pw_uid, account.pw_gid, private=False)
+    if account and owner == 0 and _owner(f"{spool}/active") == account.pw_uid:
+        # As a restore leaves it. Nothing makes a spool of many customers a private one.
+        raise NotOurs(f"{state}: belongs to root, but {spool} is {USER}'s; run: chown -R {USER}: {state}")
     return Identity(owner, os.getegid() if owner == os.geteuid() else -1, private=True)
 
 
 def settle(spool: str, state: str) -> Identity:
     """Become who works on SPOOL and STATE, which must be there. Raises NotOurs."""
+    # Asked for now: afterwards nobody could tell.
     actor()
     found = of(spool, state)
     for directory in (spool, state):
         owner = _owner(directory)
         if owner is None:
-            raise NotOurs(f"{directory}: No such file or directory; run: secure-sendmail vhost add VHOST")
+            raise NotOurs(f"{directory}: No such file or directory; run: secure-sendmail vhost add --help")
         wanted = 0 if directory == spool and not found.private else found.uid
         if owner != wanted:
-            raise NotOurs(f"{directory}: belongs to {user(owner)}, and {state} to {user(found.uid)}; give both to one user")
+            who = f"belongs to {user(owner)}, must belong to {user(wanted)}"
+            raise NotOurs(f"{directory}: {who}; run: chown {user(wanted)}: {directory}")
     if os.geteuid() == 0 and not found.private:
         become(found)
     if os.geteuid() != found.uid:
@@ -87,19 +92,17 @@ def run_as(identity: Identity, work: Callable[[], Any]) -> Any:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        status = 1
         try:
             os.close(reader)
             become(identity)
             try:
                 answer = {"result": work()}
-                status = 0
             except Exception as error:
                 answer = {"error": str(error) or type(error).__name__}
             with os.fdopen(writer, "w", encoding="utf-8") as stream:
                 json.dump(answer, stream)
         finally:
-            os._exit(status)
+            os._exit(0)
     os.close(writer)
     with os.fdopen(reader, encoding="utf-8", errors="replace") as stream:
         text = stream.read()

@@ -2,11 +2,12 @@
 
 import os
 import time
+from collections.abc import Callable
 from email.utils import formatdate
 
 from releaser import errorlog, layout, maillog, mailqueue
 from releaser.batch import Batch
-from releaser.config import Config
+from releaser.config import Config, VhostSettings
 from releaser.envelope import Envelope
 from releaser.ledger import ACTIVE, Incident, Ledger, Row, utc
 from releaser.limits import Limit
@@ -23,9 +24,11 @@ WARNINGS_SIZE = 32 << 10
 class Incidents:
     """Those that are open, and what is still to be said about them."""
 
-    def __init__(self, config: Config, book: Ledger) -> None:
+    def __init__(self, config: Config, book: Ledger, settings: Callable[[str], VhostSettings]) -> None:
+        """SETTINGS says what holds for a vhost."""
         self.config = config
         self._ledger = book
+        self._settings = settings
         # Error logs that could not be written, said already.
         self._failed: set[str] = set()
         self.load()
@@ -42,6 +45,10 @@ class Incidents:
         """Another mail of VHOST is over LIMIT; return whether that opens an incident."""
         now = time.time()
         incident = self._open.get(vhost)
+        if incident is not None and incident.observed != int(over_limit == "observe"):
+            # Something else becomes of the mail from now on.
+            self._end(batch, vhost, now)
+            incident = None
         opened = incident is None
         if incident is None:
             warning = errorlog.exceeded(now, vhost, limit, over_limit)
@@ -78,10 +85,7 @@ class Incidents:
             return [], []
         ended = [name for name, incident in self._open.items() if incident.last_at + self._quiet(name) <= now]
         for name in ended:
-            incident = self._open.pop(name)
-            incident.ended_at = now
-            self._tell(name, errorlog.ended(now, name, incident.held, bool(incident.observed), incident.opened_at))
-            batch.put_incident(incident)
+            self._end(batch, name, now)
         notices = self._notices(batch, now)
         due = [incident.last_at + self._quiet(name) for name, incident in self._open.items()]
         for incident in self._unnoticed:
@@ -91,9 +95,20 @@ class Incidents:
         self.next = min(due, default=now + layout.SCAN_INTERVAL)
         return ended, notices
 
+    def close(self, vhosts: list[str], batch: Batch) -> None:
+        """End the incidents of VHOSTS, which have gone."""
+        for vhost in vhosts:
+            self._end(batch, vhost, time.time())
+
+    def _end(self, batch: Batch, vhost: str, now: float) -> None:
+        incident = self._open.pop(vhost)
+        incident.ended_at = now
+        self._tell(vhost, errorlog.ended(now, vhost, incident.held, bool(incident.observed), incident.opened_at))
+        batch.put_incident(incident)
+
     def _quiet(self, vhost: str) -> int:
         """The seconds without mail over a limit after which the vhost's incident has ended."""
-        return self.config.unregistered(vhost).longest
+        return self._settings(vhost).longest
 
     def _tell(self, vhost: str, line: str) -> None:
         LOG.warning(line)
@@ -158,22 +173,24 @@ class Incidents:
     def _text(self, incidents: list[Incident]) -> tuple[str, str]:
         """Subject and text of a notice."""
         becomes = ["sent all the same" if incident.observed else "held for review" for incident in incidents]
-        subject = f"{len(incidents)} vhosts over their limits"
+        host = os.uname().nodename
+        subject = f"{host}: {len(incidents)} vhosts over their limits"
         if len(incidents) == 1:
-            subject = f"{incidents[0].vhost}: over its limit, mail is {becomes[0]}"
+            subject = f"{host}: {incidents[0].vhost} is over its limit, mail is {becomes[0]}"
         parts = []
         for incident, what in zip(incidents, becomes, strict=True):
             top = self._ledger.top_script(incident.vhost, incident.opened_at - NOTICES_SECONDS)
             script = f"{_ascii(top[0])} ({top[1]} messages in an hour; what they say of themselves)" if top else "not known"
-            review = "limits show" if incident.observed else "hold list --vhost"
+            review = f"limits show {incident.vhost}" if incident.observed else f"hold list --vhost {incident.vhost}"
             if incident.vhost == layout.UNREGISTERED:
-                review = "hold list --reason uid"
+                review = "hold list --reason 'of uid'"
             parts.append(
                 f"{incident.warning}\n\n"
+                f"Host:       {host}\n"
                 f"Limit:      {incident.limit_text}\n"
                 f"Over it:    {incident.held} message{'' if incident.held == 1 else 's'} until now, {what}\n"
                 f"Top script: {script}\n"
-                f"Review:     secure-sendmail {review}{'' if review.endswith('uid') else f' {incident.vhost}'}\n"
+                f"Review:     secure-sendmail {review}\n"
                 f'Stop all:   secure-sendmail stop {incident.vhost} --why "..."\n'
             )
         return subject, "\n\n".join(parts) + "\nThis is the only notice of each until it has ended.\n"

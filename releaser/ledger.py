@@ -491,6 +491,12 @@ class Ledger:
             self._db.execute(f"UPDATE renamed SET executed_at = ? WHERE {pending}", (utc(now), old, new))
             self._log_vhost("renamed", new, now, f"was {old}", found[0] if found else "")
 
+    def removed(self, vhost: str, reason: str, actor: str) -> None:
+        """Log that VHOST was removed; it is not stopped any more."""
+        with self.transaction():
+            self._db.execute("DELETE FROM stopped WHERE vhost = ?", (vhost,))
+            self._log_vhost("removed", vhost, time.time(), reason, actor)
+
     def _log_vhost(self, event: str, vhost: str, now: float, reason: str, actor: str) -> None:
         """A log row about a vhost itself."""
         row = Row(

@@ -23,17 +23,19 @@ class Limit:
 
 @dataclass(frozen=True)
 class Excess:
-    """The limit that ASKED more, on top of USED, would exceed."""
+    """The limit that ASKED more, on top of USED, would exceed; WHOSE, where it is not a vhost's."""
 
     limit: Limit
     used: int
     asked: int
+    whose: str = ""
 
     @property
     def reason(self) -> str:
+        of = f" of {self.whose}" if self.whose else ""
         if self.asked > self.limit.count:
-            return f"larger than limit {self.limit.text} ({self.asked} asked)"
-        return f"over limit {self.limit.text} ({self.used} used, {self.asked} asked)"
+            return f"larger than limit {self.limit.text} ({self.asked} asked){of}"
+        return f"over limit {self.limit.text} ({self.used} used, {self.asked} asked){of}"
 
 
 def parse(texts: list[str]) -> tuple[Limit, ...]:
@@ -74,8 +76,11 @@ class Window:
 class Account:
     """The usage of one vhost: an entry per message sent, and the reservations of those in flight, which count as now."""
 
-    def __init__(self, limits: tuple[Limit, ...], per_message: bool, entries: Iterable[tuple[float, int]] = ()) -> None:
-        """ENTRIES are (stamp, recipients) in order of time."""
+    def __init__(
+        self, limits: tuple[Limit, ...], per_message: bool, entries: Iterable[tuple[float, int]] = (), whose: str = ""
+    ) -> None:
+        """ENTRIES are (stamp, recipients) in order of time; WHOSE it is, where it is not a vhost's."""
+        self._whose = whose
         self.windows = [Window(limit) for limit in limits]
         self._per_message = per_message
         self._open: dict[str, int] = {}
@@ -90,7 +95,7 @@ class Account:
         asked = self._amount(recipients)
         reserved = sum(self._open.values())
         over = [
-            Excess(window.limit, used, asked)
+            Excess(window.limit, used, asked, self._whose)
             for window in self.windows
             if (used := window.used(now) + reserved) + asked > window.limit.count
         ]

@@ -72,7 +72,7 @@ class Maildrops:
             try:
                 status = os.stat(f"{layout.maildrop(self._spool, vhost)}/new")
             except OSError as error:
-                LOG.error(maillog.left(vhost, "new", str(error)))
+                self._complain(vhost, "new", error)
                 continue
             drop = self._drops.get(vhost)
             if drop is not None and (drop.inode != status.st_ino or self._has_another_bell(vhost, drop)):
@@ -188,7 +188,7 @@ class Maildrops:
     def _add(self, vhost: str, inode: int) -> Maildrop:
         drop = self._drops[vhost] = Maildrop(bell=policy.bell(self._spool, vhost), inode=inode)
         if drop.bell is None:
-            LOG.warning(maillog.left(vhost, "policy", "no bell: mail is found by scanning only; run: secure-sendmail check"))
+            LOG.warning(maillog.maildrop(vhost, "policy", "no bell: mail is found by scanning only; run: secure-sendmail check"))
         else:
             self._bells[drop.bell] = vhost
             self._write_policy(vhost, drop)
@@ -222,7 +222,7 @@ class Maildrops:
         try:
             listed = pickup.names(self._spool, vhost, LISTED)
         except OSError as error:
-            LOG.error(maillog.left(vhost, "new", str(error)))
+            self._complain(vhost, "new", error)
             return
         drop.names = deque(name for name in listed if (vhost, name) not in self._taken)
         drop.left &= set(listed)
@@ -234,11 +234,16 @@ class Maildrops:
             policy.write(self._spool, vhost, self._policy_of(vhost, drop.bell))
         except OSError as error:
             # enqueue goes on with the last one, or with its defaults.
-            LOG.error(maillog.left(vhost, "policy", str(error)))
+            self._complain(vhost, "policy", error)
 
     def _clean(self) -> None:
         for vhost in self._drops:
             try:
                 pickup.remove_leftovers(self._spool, vhost, time.time())
             except OSError as error:
-                LOG.error(maillog.left(vhost, "tmp", str(error)))
+                self._complain(vhost, "tmp", error)
+
+    def _complain(self, vhost: str, what: str, error: OSError) -> None:
+        # A vhost that was renamed or removed meanwhile is none to complain about.
+        if os.path.isdir(layout.maildrop(self._spool, vhost)):
+            LOG.error(maillog.maildrop(vhost, what, error.strerror or str(error)))

@@ -50,6 +50,10 @@ def left(vhost: str, name: str, reason: str) -> str:
     return f"left in new/ vhost={vhost} name={name!r} reason={reason!r}"
 
 
+def maildrop(vhost: str, what: str, reason: str) -> str:
+    return f"maildrop vhost={vhost} {what}: {reason}"
+
+
 def again(queue_id: str, vhost: str, attempt: int) -> str:
     return f"{queue_id}: sent again, the outcome of the last attempt is not known vhost={vhost} attempt={attempt}"
 

@@ -37,7 +37,7 @@ class Releaser:
         self._spool = config.spool
         # By vhost, and by uid for what comes through the shared maildrop.
         self._accounts: dict[str | int, limits.Account] = {}
-        self._incidents = Incidents(config, book)
+        self._incidents = Incidents(config, book, self._settings)
         self._drops = Maildrops(config.spool, self._policy)
         self._handover = HandOver(config.spool, book, self._drops, self._accounts_of, wake, config.mta_url, config.give_up)
         self._announced_size = 0
@@ -65,6 +65,10 @@ class Releaser:
         self._decisions_wait = True
         self._drops.scan()
         self._carry_over()
+        if layout.UNREGISTERED not in self._drops:
+            batch = Batch(self._ledger)
+            self._incidents.close([vhost for vhost in self._incidents.vhosts if vhost not in self._drops], batch)
+            batch.commit()
         for vhost in self._incidents.vhosts:
             # So that enqueue goes on to repeat the warning.
             self._drops.write_policy(vhost)
@@ -218,8 +222,8 @@ class Releaser:
         settings = self._settings(row.vhost)
         reason, excess = self._verdict(submitted, row)
         if excess is not None:
-            # Where only the uid is over its limit, the names that it makes up are one incident.
-            told = layout.UNREGISTERED if reason.endswith(f" of uid {row.uid}") else row.vhost
+            # Where the uid is over its limit, the names that it makes up are one incident.
+            told = layout.UNREGISTERED if excess.whose else row.vhost
             if self._incidents.over(batch, told, excess.limit, settings.over_limit):
                 batch.then(partial(self._drops.write_policy, told))
         if reason and not (excess and settings.over_limit == "observe"):
@@ -245,15 +249,14 @@ class Releaser:
         for account in self._accounts_of(row):
             excess = account.exceeded(row.recipients, time.time())
             if excess is not None:
-                of_uid = account is self._accounts.get(row.uid)
-                return f"{excess.reason} of uid {row.uid}" if of_uid else excess.reason, excess
+                return excess.reason, excess
         return "", None
 
     def _not_theirs(self, submitted: pickup.Submitted, row: Row) -> str | None:
         """Why what the message claims to be is not what the kernel says; None where it is, or where nothing can be said."""
         claimed = submitted.envelope.vhost
         if submitted.maildrop == layout.UNREGISTERED:
-            registered = claimed in self._drops or claimed in self.config.registered
+            registered = claimed in self._drops or self.config.has_users(claimed)
             if registered and row.uid not in self._uids(claimed):
                 return f"claims to be from {claimed}, which uid {row.uid} is no user of"
             if row.uid in (0, os.geteuid()) and not self._private:

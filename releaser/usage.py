@@ -19,7 +19,7 @@ def account(book: Ledger, vhost: str, settings: VhostSettings) -> Account:
 def account_of_uid(book: Ledger, uid: int, settings: VhostSettings) -> Account:
     """The account of all that UID sends through the shared maildrop, whatever it claims to be."""
     entries = book.usage_of_uid(uid, time.time() - settings.longest) if settings.longest else []
-    found = Account(settings.limits, settings.count == "messages", entries)
+    found = Account(settings.limits, settings.count == "messages", entries, f"uid {uid}")
     for queue_id, recipients in book.reserved_of_uid(uid):
         found.reserve(queue_id, recipients)
     return found

@@ -100,6 +100,8 @@ def test_the_printed_line_is_what_php_needs() -> None:
     """vhost add prints the setting with the command that was installed, the spool and -t -i."""
     with Host() as host:
         done = run(host, "vhost", "add", "www.c.example")
-        line = done.stdout.decode().splitlines()[-1]
-        command = COMMAND.parent / "secure-sendmail-enqueue"
-        assert line == f'php_admin_value sendmail_path "{command} --spool {host.spool} www.c.example -t -i"'
+        command = f"{COMMAND.parent / 'secure-sendmail-enqueue'} --spool {host.spool} www.c.example -t -i"
+        assert done.stdout.decode().splitlines()[-2:] == [
+            f'Apache:  php_admin_value sendmail_path "{command}"',
+            f'php-fpm: php_admin_value[sendmail_path] = "{command}"',
+        ]

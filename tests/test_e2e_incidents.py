@@ -105,6 +105,36 @@ def test_observed_incident_says_that_mail_is_sent(host: Host, logs: Path) -> Non
     assert incident["held"] == 2 and host.held() == []
 
 
+def test_incident_begins_anew_when_something_else_becomes_of_the_mail(host: Host, logs: Path) -> None:
+    """From "observe" to "hold", as the installation has it: what is said is what is done, in the logs and by enqueue."""
+    toml = f'[log]\nerror_log = "{logs}/error.log"\n'
+    host.configure(default=["1/1h"], extra=f'over_limit = "observe"\n{toml}')
+    with host.running():
+        for _ in range(2):
+            host.send(VHOST)
+        host.wait_for_mail(2)
+        host.configure(extra=f'over_limit = "hold"\n{toml}')
+        host.wait_for_log("configuration loaded")
+        host.send(VHOST)
+        host.wait(lambda: len(host.held()) == 1, "it is held")
+        host.wait(lambda: len(lines(logs / "error.log")) == 3, "the first has ended, another has begun")
+        told = host.enqueue(VHOST).stderr.decode()
+    observed, end, held = lines(logs / "error.log")
+    assert "sent all the same" in observed and "(1 message would have been held since" in end
+    assert held.endswith("mail over the limit is held for review") and told == f"{held}\n"
+
+
+def test_incident_ends_by_the_vhosts_own_windows(host: Host, logs: Path) -> None:
+    """A long default window keeps no incident open of a vhost whose own windows are short."""
+    toml = f'[log]\nerror_log = "{logs}/error.log"\n[vhosts."{VHOST}"]\nlimits = ["1/2s"]\n'
+    host.configure(default=["100/1d"], extra=toml)
+    with host.running():
+        for _ in range(2):
+            host.send(VHOST)
+        host.wait(lambda: len(lines(logs / "error.log")) == 2, "it has begun and ended")
+    assert "within its limits again (1 message held since" in lines(logs / "error.log")[1]
+
+
 @pytest.mark.parametrize("path", ["missing/error.log", "spool/error.log"])
 def test_error_log_that_cannot_be_written_stops_nothing(host: Host, logs: Path, path: str) -> None:
     """Then the other log alone has the line; it is said once, and `check` warns of it."""

@@ -79,7 +79,7 @@ def test_policy_has_room_for_the_latest_warnings(tmp_path: Path) -> None:
     file.write_text(f'spool = "{tmp_path}/spool"\nstate = "{tmp_path}"\n')
     settings = config.load(str(file))
     book = Ledger(str(tmp_path), create=True)
-    found = incidents.Incidents(settings, book)
+    found = incidents.Incidents(settings, book, settings.vhost)
     names = [f"{'a' * 63}.{'b' * 63}.{number:04}.example" for number in range(500)]
     for name in names:
         assert found.over(Batch(book), name, parse(["10/1m"])[0], "hold")

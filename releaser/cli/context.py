@@ -46,36 +46,36 @@ class Context:
     def running(self) -> bool:
         return daemon.running(self.spool)
 
-    @staticmethod
-    def is_running(spool: str) -> bool:
-        """As running, for who settles nothing."""
-        return daemon.running(spool)
-
-    def vhosts(self) -> list[str]:
+    @cached_property
+    def vhosts(self) -> tuple[str, ...]:
         """The maildrops' names."""
         try:
-            return sorted(name for name in os.listdir(f"{self.spool}/vhosts") if layout.is_maildrop(name))
+            return tuple(sorted(name for name in os.listdir(f"{self.spool}/vhosts") if layout.is_maildrop(name)))
         except FileNotFoundError:
-            return []
+            return ()
+
+    @cached_property
+    def _own(self) -> frozenset[str]:
+        return frozenset(self.vhosts) - {layout.UNREGISTERED}
 
     def known_vhost(self, name: str) -> str:
         """NAME in lower case, which has a maildrop, or may claim the shared one. Raises Failed."""
         name = name.lower()
-        names = self.vhosts()
-        if name not in names and not (layout.is_vhost(name) and layout.UNREGISTERED in names):
+        if name not in self.vhosts and not (layout.is_vhost(name) and layout.UNREGISTERED in self.vhosts):
             raise Failed(f"no vhost {name!r}; run: secure-sendmail vhost list")
         return name
 
     def settings(self, name: str) -> VhostSettings:
         """What holds for the vhost NAME."""
-        return self.config.vhost(name) if name in self.vhosts() else self.config.unregistered(name)
+        return self.config.vhost(name) if name in self._own else self.config.unregistered(name)
 
-    def ring(self) -> None:
-        """Wake the releaser. If it fails, its scan finds the decision."""
-        try:
-            os.utime(f"{self.spool}/wake/{layout.CONTROL_BELL}")
-        except OSError:
-            pass
+
+def ring(spool: str) -> None:
+    """Wake the releaser. If it fails, its scan finds what there is to do."""
+    try:
+        os.utime(f"{spool}/wake/{layout.CONTROL_BELL}")
+    except OSError:
+        pass
 
 
 pass_context = click.make_pass_decorator(Context)

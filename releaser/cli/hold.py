@@ -10,9 +10,9 @@ from rich.progress import Progress
 
 from releaser import envelope, identity, layout, mailqueue
 from releaser.cli import output
-from releaser.cli.context import Context, Failed, json_option, pass_context
+from releaser.cli.context import Context, Failed, json_option, pass_context, ring
 from releaser.cli.select import Filters, filters
-from releaser.ledger import ACTIVE, CORRUPT, DECISIONS, DONE, FAILED, HELD, TRASHED, Row
+from releaser.ledger import ACTIVE, CORRUPT, DECISIONS, DONE, FAILED, HELD, TRASHED, UNKNOWN, Row
 
 ONE_RECIPIENT = "EXISTS (SELECT 1 FROM json_each(remaining) WHERE lower(value) GLOB ?)"
 QUEUE_OF = {HELD: "hold", TRASHED: "trash", FAILED: "failed", CORRUPT: "corrupt", ACTIVE: "active"}
@@ -132,7 +132,7 @@ def _decide(context: Context, decision: str, chosen: Filters, why: str, dry_run:
         if decision == "delete" or chosen.given or chosen.everything:
             _confirm(decision, yes)
         done = context.ledger.decide(decision, [row.queue_id for row in rows], identity.actor(), why)
-        context.ring()
+        ring(context.spool)
         taken = {row.queue_id for row in rows} - set(done)
         for queue_id in sorted(taken):
             refused.append(_refusal(context, queue_id, decision) or f"{queue_id}: decided by someone else meanwhile")
@@ -179,6 +179,9 @@ def _follow(context: Context, decision: str, queue_ids: list[str]) -> None:
     if len(queue_ids) > ROWS_SAID:
         more = f", {_messages(len(waiting))} not yet through" if waiting else ""
         output.say(f"… and {len(queue_ids) - ROWS_SAID} more{more}")
+    lost = [row for row in map(context.ledger.row, queue_ids[:ROWS_SAID]) if row is not None and row.state == UNKNOWN]
+    if lost:
+        raise click.exceptions.Exit(1)
 
 
 def _refusal(context: Context, queue_id: str, decision: str) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import sqlite3
 import sys
 
@@ -63,6 +64,9 @@ def run(words: list[str]) -> int:
     except click.Abort:
         output.complain("nothing was done")
         return 1
+    except KeyboardInterrupt:
+        output.complain("interrupted")
+        return 128 + signal.SIGINT
     except (config.ConfigError, identity.NotOurs) as error:
         output.complain(str(error))
         return os.EX_CONFIG
@@ -70,7 +74,10 @@ def run(words: list[str]) -> int:
         # The reader, `head` for example, has had enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
-    except (Failed, LedgerError, identity.ChildFailed, provision.Refused, OSError, sqlite3.Error) as error:
+    except OSError as error:
+        output.complain(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+        return 1
+    except (Failed, LedgerError, identity.ChildFailed, provision.Refused, sqlite3.Error) as error:
         output.complain(str(error))
         return 1
 

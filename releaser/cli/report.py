@@ -24,10 +24,10 @@ def status(context: Context, as_json: bool) -> None:
     """Counts of the queues, and each vhost's windows."""
     counts = context.ledger.counts()
     held = context.ledger.held_by_vhost()
-    names = context.vhosts()
+    names = context.vhosts
     facts: dict[str, Any] = {
         "running": context.running,
-        "queued": sum(queued(context, name) for name in names),
+        "queued": sum(queued(context.spool, name) for name in names),
         "active": counts.get(ACTIVE, 0),
         "held": counts.get(HELD, 0),
         "failed": counts.get(FAILED, 0),
@@ -41,7 +41,11 @@ def status(context: Context, as_json: bool) -> None:
             for incident in context.ledger.incidents()
             if incident.ended_at is None
         ],
-        "vhosts": [{"name": name, "held": held.get(name, 0), "windows": windows(context, name)} for name in names],
+        "vhosts": [
+            {"name": name, "held": held.get(name, 0), "windows": windows(context, name)}
+            # Also those that have mail here, and no maildrop of their own.
+            for name in sorted({*names, *held})
+        ],
     }
     if as_json:
         output.as_json(facts)

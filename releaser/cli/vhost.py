@@ -4,18 +4,21 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import click
 
-from releaser import config, identity, layout, limits, policy, provision
+from releaser import config, daemon, identity, layout, limits, policy, provision
 from releaser.cli import output
-from releaser.cli.context import Context, Failed, json_option, pass_context
+from releaser.cli.context import Context, Failed, json_option, pass_context, ring
 from releaser.ledger import ACTIVE, FAILED, HELD, Ledger
 from releaser.provision import Gate, Spool
 
 # How long `vhost remove` waits for mail that the releaser is just handing over, in seconds.
 PATIENCE = 10
+NOT_RUNNING = "; the releaser is not running"
 
 
 @click.group()
@@ -32,15 +35,26 @@ def vhost() -> None:
 def add(context: Context, name: str, users: tuple[str, ...], group: str | None, unregistered: bool) -> None:
     """Make the maildrop of VHOST, and whatever of the spool and the state is missing."""
     if unregistered == bool(name) or (unregistered and (users or group)):
-        raise click.UsageError("give a VHOST with its --user, or alone --unregistered")
+        raise click.UsageError("give a VHOST, with --user NAME where customers have users of their own, or alone --unregistered")
     name = layout.UNREGISTERED if unregistered else _vhost(name)
     settings = context.config
     who = who_works(settings)
+    if (users or unregistered) and who.private and os.geteuid() == 0 and not os.path.isdir(settings.state):
+        raise Failed(
+            f"there is no user {identity.USER}; make it (systemd-sysusers php-secure-sendmail.conf), or, for a spool that root "
+            f"alone uses, first: mkdir -m 700 {shlex.quote(settings.state)}"
+        )
     if users and who.private:
         raise click.UsageError(f"{settings.state} belongs to {identity.user(who.uid)}, who alone submits there: leave out --user")
     if not users and not who.private and not unregistered:
         raise click.UsageError("--user is missing: who sends as this vhost, such as the user of its php-fpm pool")
-    gate = provision.gate(users, provision.group(group)) if users else Gate()
+    gate = Gate()
+    if users:
+        try:
+            users = config.users(list(users))
+        except ValueError as error:
+            raise click.UsageError(str(error)) from None
+        gate = provision.gate(users, provision.group(group))
     provision.make_spool(settings.spool, settings.state, who)
     # With an empty ledger every listing works before the releaser's first start.
     identity.run_as(who, lambda: Ledger(settings.state, create=True).close())
@@ -50,16 +64,21 @@ def add(context: Context, name: str, users: tuple[str, ...], group: str | None, 
             if provision.exists(vhosts, name):
                 raise Failed(f"{target}: exists already")
         _nothing_pending(settings, who, name)
-        if users:
-            config.write_vhost_file(context.file, name, users, who.gid)
+        written = bool(users) and config.write_vhost_file(context.file, name, users, who.gid)
         bell = os.urandom(16).hex()
-        text = policy.render(settings, name, bell, settings.vhost(name).max_message_size)
-        spool.rename_maildrop(spool.make_maildrop(name, gate, bell, text), name)
-    _ring(settings, who)
+        try:
+            text = policy.render(settings, name, bell, settings.vhost(name).max_message_size)
+            spool.rename_maildrop(spool.make_maildrop(name, gate, bell, text), name)
+        except BaseException:
+            spool.remove_bell(bell)
+            if written:
+                os.unlink(config.vhost_file(context.file, name))
+            raise
+    identity.run_as(who, partial(_ring, settings.spool))
     output.say(f"made {target}")
     if gate.uids:
-        output.say("its gate is an access control list, since the user's group has other members")
-    output.say(f'php_admin_value sendmail_path "{_sendmail_path(settings, name)}"')
+        output.say("its gate is an access control list: no group has exactly these users")
+    _say_lines(settings, name)
 
 
 @vhost.command("list")
@@ -68,17 +87,18 @@ def add(context: Context, name: str, users: tuple[str, ...], group: str | None, 
 def list_(context: Context, as_json: bool) -> None:
     """List the vhosts that have a maildrop."""
     found: list[dict[str, Any]] = []
-    for name in context.vhosts():
+    for name in context.vhosts:
         settings = context.settings(name)
         found.append({"name": name, "users": list(settings.users or ()), "limits": _texts(settings.limits),
-                      "count": settings.count, "over_limit": settings.over_limit, "queued": queued(context, name)})  # fmt: skip
+                      "count": settings.count, "over_limit": settings.over_limit,
+                      "queued": queued(context.spool, name)})  # fmt: skip
     if as_json:
         output.as_json(found)
         return
     output.table(
         ["VHOST", "USERS", "LIMITS", "COUNTS", "OVER LIMIT", "QUEUED"],
         ([v["name"], ", ".join(v["users"]), ", ".join(v["limits"]), v["count"], v["over_limit"], v["queued"]] for v in found),
-        "no vhosts; run: secure-sendmail vhost add VHOST",
+        "no vhosts; run: secure-sendmail vhost add --help",
     )
 
 
@@ -100,10 +120,10 @@ def rename(context: Context, old: str, new: str) -> None:
             begun = os.path.lexists(new_file) and os.path.lexists(old_file) and os.path.samefile(old_file, new_file)
             if provision.exists(vhosts, new) or (os.path.lexists(new_file) and not begun):
                 raise Failed(f"{new}: exists already")
-        # First the releaser is told, so that it never takes NEW for a vhost without a past.
-        by = identity.actor()
         _nothing_pending(settings, who, old)
         _nothing_pending(settings, who, new)
+        # First the releaser is told, so that it never takes NEW for a vhost without a past.
+        by = identity.actor()
         identity.run_as(who, lambda: Ledger(settings.state).rename(old, new, by))
         if os.path.lexists(old_file) and not begun:
             # In both places while the maildrop changes its name, so that its users are known under either.
@@ -111,20 +131,27 @@ def rename(context: Context, old: str, new: str) -> None:
         spool.rename_maildrop(old, new)
         if os.path.lexists(old_file):
             os.unlink(old_file)
-    _ring(settings, who)
-    output.say(f"renamed {old} to {new}" + _releaser_note(context, who))
-    if config.names(context.file, old):
-        output.say(f'{context.file}: now rename [vhosts."{old}"] there, too')
-    output.say(f'php_admin_value sendmail_path "{_sendmail_path(settings, new)}"')
+    running = identity.run_as(who, partial(_ring, settings.spool))
+    output.say(f"renamed {old} to {new}" + ("" if running else NOT_RUNNING))
+    if config.has_section(context.file, old):
+        output.say(f'{context.file}: now rename [vhosts."{old}"] there, too; until then the default limits hold')
+    output.say(f"tell PHP at once, until then mail of {old} is refused:")
+    _say_lines(settings, new)
 
 
 @vhost.command()
 @click.argument("name", metavar="VHOST")
-@click.option("--keep-mail", is_flag=True, help="What is held or waits for the MTA stays where it is, for review.")
-@click.option("--delete-mail", is_flag=True, help="Delete what waits in the maildrop; put held mail into the trash.")
+@click.option("--keep-mail", is_flag=True, help="What is held or waits for the MTA stays where it is.")
+@click.option(
+    "--delete-mail",
+    is_flag=True,
+    help="Delete what waits in the maildrop, put held mail into the trash. What the MTA has deferred is still tried, "
+    "what it has refused stays in failed/.",
+)
+@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @pass_context
-def remove(context: Context, name: str, keep_mail: bool, delete_mail: bool, yes: bool) -> None:
+def remove(context: Context, name: str, keep_mail: bool, delete_mail: bool, dry_run: bool, yes: bool) -> None:
     """Remove the maildrop of VHOST; while mail of it exists, only when told what to do with that."""
     if keep_mail and delete_mail:
         raise click.UsageError("either --keep-mail or --delete-mail")
@@ -141,27 +168,31 @@ def remove(context: Context, name: str, keep_mail: bool, delete_mail: bool, yes:
         if what and not (keep_mail or delete_mail):
             raise Failed(f"{name} has mail: {what}; decide it first, or add --keep-mail or --delete-mail")
         output.say(f"remove: the maildrop of {name}" + (f" ({what})" if what else ""))
+        if dry_run:
+            return
         if not yes:
             if not sys.stdin.isatty():
                 raise click.UsageError("without a terminal, this vhost remove needs --yes")
             click.confirm("remove?", abort=True)
-        _close(spool, name, lambda: _settled(settings, who, name, delete_mail))
+        _close(spool, name, lambda: _obstacle(settings, who, name, delete_mail))
         bell = identity.run_as(who, lambda: policy.bell(settings.spool, name))
         spool.rename_maildrop(name, f".{name}.removed")
         with spool.inside("vhosts") as vhosts:
-            removed = provision.remove_tree(vhosts, f".{name}.removed")
+            # The policy is a file, too.
+            files = max(provision.remove_tree(vhosts, f".{name}.removed") - 1, 0)
         if bell:
             spool.remove_bell(bell)
         try:
             os.unlink(config.vhost_file(context.file, name))
         except FileNotFoundError:
             pass
+    by = identity.actor()
     if delete_mail:
-        by = identity.actor()
         identity.run_as(who, lambda: Ledger(settings.state).delete_held(name, by, f"vhost remove {name}"))
-    _ring(settings, who)
-    # The policy is a file, too.
-    output.say(f"removed {name}" + (f", with {removed - 1} files of its maildrop" if delete_mail and removed > 1 else ""))
+    deleted = f"{files} file{'' if files == 1 else 's'} of its maildrop deleted" if files else ""
+    identity.run_as(who, lambda: Ledger(settings.state).removed(name, deleted, by))
+    identity.run_as(who, partial(_ring, settings.spool))
+    output.say(f"removed {name}" + (f", {deleted}" if deleted else ""))
 
 
 @click.command()
@@ -169,12 +200,15 @@ def remove(context: Context, name: str, keep_mail: bool, delete_mail: bool, yes:
 @click.option("--why", required=True, metavar="TEXT", help="The reason, for the log.")
 @pass_context
 def stop(context: Context, name: str, why: str) -> None:
-    """Hold everything of VHOST from now on."""
+    """Hold everything of VHOST from now on; of _unregistered, everything that comes through the shared maildrop."""
+    if not why.strip():
+        raise click.UsageError("--why is empty: say for the log why it is stopped")
     name = context.known_vhost(name)
     if not context.ledger.stop(name, identity.actor(), why):
-        raise Failed(f"{name}: {context.ledger.stopped(name)} already")
-    context.ring()
-    output.say(f"{name}: stopped, everything is held from now on" + ("" if context.running else "; the releaser is not running"))
+        raise Failed(f"{name}: is {context.ledger.stopped(name)}, already")
+    ring(context.spool)
+    claimed = "it has no maildrop of its own: what claims this name through the shared one" if name not in context.vhosts else ""
+    output.say(f"{name}: stopped, {claimed or 'everything'} is held from now on" + ("" if context.running else NOT_RUNNING))
 
 
 @click.command()
@@ -186,21 +220,26 @@ def resume(context: Context, name: str, why: str) -> None:
     name = name.lower()
     if not context.ledger.resume(name, identity.actor(), why):
         raise Failed(f"{name}: is not stopped; run: secure-sendmail status")
-    context.ring()
-    output.say(f"{name}: resumed" + ("" if context.running else "; the releaser is not running"))
+    ring(context.spool)
+    output.say(f"{name}: resumed" + ("" if context.running else NOT_RUNNING))
 
 
-def queued(context: Context, name: str) -> int:
+def queued(spool: str, name: str) -> int:
     """How many files wait in the maildrop's new/; where there is none, `check` says so."""
-    return _queued(context.spool, name)
-
-
-def _queued(spool: str, name: str) -> int:
     try:
         with os.scandir(f"{layout.maildrop(spool, name)}/new") as entries:
             return sum(1 for entry in entries if not entry.name.startswith("."))
     except OSError:
         return 0
+
+
+def who_works(settings: config.Config) -> identity.Identity:
+    """Who is to own spool and state; only who may make them so gets an answer. Raises NotOurs."""
+    who = identity.of(settings.spool, settings.state)
+    wanted = who.uid if who.private else 0
+    if os.geteuid() != wanted:
+        raise identity.NotOurs(f"{settings.state}: this is {identity.user(os.geteuid())}; run this as {identity.user(wanted)}")
+    return who
 
 
 def _vhost(name: str) -> str:
@@ -210,20 +249,11 @@ def _vhost(name: str) -> str:
     return name
 
 
-def who_works(settings: config.Config) -> identity.Identity:
-    """Who is to own spool and state; whether this process may make them so. Raises NotOurs."""
-    who = identity.of(settings.spool, settings.state)
-    if os.geteuid() not in (0 if not who.private else who.uid,):
-        wanted = identity.user(who.uid) if who.private else "root"
-        raise identity.NotOurs(f"{settings.state}: this is {identity.user(os.geteuid())}; run this as {wanted}")
-    return who
-
-
 def _existing(settings: config.Config) -> identity.Identity:
     who = who_works(settings)
     for directory in (settings.spool, settings.state):
         if not os.path.isdir(directory):
-            raise identity.NotOurs(f"{directory}: No such file or directory; run: secure-sendmail vhost add VHOST")
+            raise identity.NotOurs(f"{directory}: No such file or directory; run: secure-sendmail check --repair")
     return who
 
 
@@ -234,9 +264,8 @@ def _nothing_pending(settings: config.Config, who: identity.Identity, name: str)
         book = Ledger(settings.state)
         for old, new in book.renames():
             if name in (old, new):
-                if os.path.isdir(layout.maildrop(settings.spool, new)) and not os.path.isdir(
-                    layout.maildrop(settings.spool, old)
-                ):
+                old_there, new_there = (os.path.isdir(layout.maildrop(settings.spool, part)) for part in (old, new))
+                if new_there and not old_there:
                     return f"{old} was renamed to {new}, which the releaser has not carried over yet; start it first"
                 book.cancel_rename(old, new)
         return ""
@@ -248,63 +277,65 @@ def _nothing_pending(settings: config.Config, who: identity.Identity, name: str)
 
 def _mail(settings: config.Config, who: identity.Identity, name: str) -> dict[str, int]:
     def count() -> dict[str, int]:
-        return {"waiting": _queued(settings.spool, name), **Ledger(settings.state).mail_of(name)}
+        return {"waiting": queued(settings.spool, name), **Ledger(settings.state).mail_of(name)}
 
     found: dict[str, int] = identity.run_as(who, count)
     return found
 
 
-def _settled(settings: config.Config, who: identity.Identity, name: str, delete_mail: bool) -> str:
+def _obstacle(settings: config.Config, who: identity.Identity, name: str, delete_mail: bool) -> str:
     """Why the maildrop cannot be taken away yet; empty where it can."""
     mail = _mail(settings, who, name)
     if mail["waiting"] and not delete_mail:
-        return f"{mail['waiting']} messages wait in its maildrop; start the releaser, which takes them, and run this again"
+        return (
+            f"{_messages(mail['waiting'])} wait in its maildrop, which the releaser has not taken (does it run, does the MTA "
+            "answer? secure-sendmail check); run this again, or with --delete-mail"
+        )
     if mail["in flight"]:
-        return f"{mail['in flight']} messages are with the MTA; run this again"
+        return f"{_messages(mail['in flight'])} are with the MTA; run this again"
     return ""
 
 
-def _close(spool: Spool, name: str, obstacle: Any) -> None:
-    """Close the gate, and wait until nothing of the maildrop is needed any more. Raises Failed with the gate open again."""
+def _messages(count: int) -> str:
+    return f"{count} message" if count == 1 else f"{count} messages"
+
+
+def _close(spool: Spool, name: str, obstacle: Callable[[], str]) -> None:
+    """Close the gate, and wait until nothing of the maildrop is needed any more. Raises Failed; the gate is open again then."""
     with spool.inside("vhosts") as vhosts:
         gate = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=vhosts)
+    mode = os.fstat(gate).st_mode & 0o7777
     try:
-        mode = os.fstat(gate).st_mode & 0o7777
         os.fchmod(gate, 0o700)
         end = time.monotonic() + PATIENCE
         while (why := obstacle()) and time.monotonic() < end:
             time.sleep(0.1)
         if why:
-            os.fchmod(gate, mode)
             raise Failed(f"{name}: {why}")
+    except BaseException:
+        os.fchmod(gate, mode)
+        raise
     finally:
         os.close(gate)
 
 
-def _ring(settings: config.Config, who: identity.Identity) -> None:
-    def ring() -> None:
-        try:
-            os.utime(f"{settings.spool}/wake/{layout.CONTROL_BELL}")
-        except OSError:
-            # Its scan finds it, too.
-            pass
-
-    identity.run_as(who, ring)
-
-
-def _releaser_note(context: Context, who: identity.Identity) -> str:
-    return "" if identity.run_as(who, lambda: context.is_running(context.config.spool)) else "; the releaser is not running"
+def _ring(spool: str) -> bool:
+    """Wake the releaser; whether there is one."""
+    ring(spool)
+    return daemon.running(spool)
 
 
 def _texts(found: tuple[limits.Limit, ...]) -> list[str]:
     return [limit.text for limit in found] or ["unlimited"]
 
 
-def _sendmail_path(settings: config.Config, name: str) -> str:
-    """PHP's setting for vhost NAME; every vhost gives its own name also to the shared maildrop."""
+def _say_lines(settings: config.Config, name: str) -> None:
+    """PHP's setting for vhost NAME; with the shared maildrop every vhost gives its own name."""
     shown = "VHOST" if name == layout.UNREGISTERED else name
     spool = [] if settings.spool == config.SECTIONS[""]["spool"].default else ["--spool", settings.spool]
-    return f"{shlex.join([_enqueue(), *spool, shown])} -t -i"
+    line = f"{shlex.join([_enqueue(), *spool, shown])} -t -i"
+    output.say(f'Apache:  php_admin_value sendmail_path "{line}"')
+    output.say(f'php-fpm: php_admin_value[sendmail_path] = "{line}"')
 
 
 def _enqueue() -> str:
