@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import subprocess
 import tomllib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
-from host import text
+from host import Host, text
 from system import ADMINISTRATOR, DAEMON, SHARED, System
 
 pytestmark = pytest.mark.server
@@ -232,3 +234,60 @@ def test_stopped_vhost_is_held_until_resumed(system: System) -> None:
     system.wait(lambda: "stopped" in system.subjects(), "it is sent")
     told = [(row["event"], row["vhost"], row["actor"]) for row in system.rows("stopped", "resumed")]
     assert told == [("stopped", OTHER, "root"), ("resumed", OTHER, "root")]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--user", "99999999999"],
+        ["--user", "4294967295"],
+        ["--user", "no such"],
+        ["--user", "a,b"],
+        ["--user", "\u0663"],
+        ["--user", "root"],
+        ["--user", "nobody-here"],
+        ["--user", DAEMON],
+        ["--user", "c1", "--group", "99999999999"],
+        ["--user", "c1", "--group", "no-group-here"],
+    ],
+)
+def test_add_of_nobody_leaves_nothing(system: System, words: list[str]) -> None:
+    """A user or group that cannot be one is refused in a sentence, and neither a file nor a bell nor a maildrop stays."""
+
+    def everything() -> list[str]:
+        places = (system.spool / "vhosts", system.spool / "wake", system.config.parent / "vhosts.d")
+        return sorted(str(path) for place in places for path in place.iterdir())
+
+    before = everything()
+    run = system.cli("vhost", "add", NEW, *words, check=False)
+    assert run.returncode in (1, USAGE) and "Traceback" not in run.stderr and run.stderr.startswith("secure-sendmail: ")
+    assert everything() == before
+    assert system.cli("check").returncode == 0
+
+
+def test_interrupted_remove_opens_the_gate_again(system: System) -> None:
+    """Ctrl-C while it waits for the releaser ends it in a sentence; the customer's next mail is accepted."""
+    assert system.stop() == 0
+    system.send(OLD, "-t", user="c1")
+    words = ["vhost", "remove", OLD, "--keep-mail", "--yes"]
+    command = system.words([system.programs / "secure-sendmail", "--config", system.config, *words])
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    gate = system.spool / "vhosts" / OLD
+    system.wait(lambda: gate.stat().st_mode & 0o7777 == 0o700, "the gate is closed")
+    assert system.enqueue(OLD, "-t", user="c1").returncode == NOPERM
+    # Its parent is nsenter, which waits for it and ends as it does.
+    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(child), signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert (process.returncode, said.splitlines()[-1:]) == (130, [b"secure-sendmail: interrupted"])
+    assert gate.stat().st_mode & 0o7777 == 0o2710
+    system.send(OLD, "-t", user="c1")
+
+
+def test_root_without_the_daemons_account_is_told(tmp_path: Path) -> None:
+    """Before the account is made, root does not get a private spool that no customer could use."""
+    tmp_path.chmod(0o755)
+    with Host() as host:
+        run = host.cli("vhost", "add", NEW, "--user", "nobody", check=False)
+        assert run.returncode == 1 and "systemd-sysusers" in run.stderr and not host.spool.exists()
+        assert host.cli("vhost", "add", "--unregistered", check=False).returncode == 1
