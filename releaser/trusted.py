@@ -5,10 +5,15 @@ import grp
 import os
 import pwd
 import stat
+import time
 from collections.abc import Container
+from functools import lru_cache
 
 # As many symbolic links as the kernel follows.
 MAX_LINKS = 40
+
+# Seconds after which the accounts are read again.
+ACCOUNTS_AGE = 60
 
 
 class Untrusted(Exception):
@@ -49,7 +54,7 @@ def check(path: str, owners: Container[int]) -> None:
 
 def members(gid: int) -> set[int]:
     """The uids of group GID: those that are listed in it, and those whose own group it is."""
-    found = {entry.pw_uid for entry in pwd.getpwall() if entry.pw_gid == gid}
+    found = set(_accounts(int(time.monotonic()) // ACCOUNTS_AGE).get(gid, ()))
     try:
         listed = grp.getgrgid(gid).gr_mem
     except KeyError:
@@ -69,6 +74,15 @@ def own_group(uid: int) -> int | None:
         return pwd.getpwuid(uid).pw_gid
     except KeyError:
         return None
+
+
+@lru_cache(maxsize=1)
+def _accounts(_when: int) -> dict[int, set[int]]:
+    """By gid the uids of the accounts whose own group it is; read once for as many vhosts as there are."""
+    found: dict[int, set[int]] = {}
+    for entry in pwd.getpwall():
+        found.setdefault(entry.pw_gid, set()).add(entry.pw_uid)
+    return found
 
 
 def _private_group(gid: int, uid: int) -> bool:
