@@ -12,7 +12,7 @@ LAYOUT = 1
 class Place(NamedTuple):
     """A directory, FIFO or file: "root", "releaser" or "customer" as owner and group, and its mode.
 
-    In private mode everything is one uid's; a directory's mode is PRIVATE_MODE then, a bell's BELL_PRIVATE_MODE.
+    In private mode everything is one uid's, and of the mode only what it says of the owner holds.
     """
 
     owner: str
@@ -20,8 +20,8 @@ class Place(NamedTuple):
     mode: int
 
 
-PRIVATE_MODE, BELL_PRIVATE_MODE = 0o700, 0o600
 SPOOL = Place("root", "root", 0o711)
+STATE = Place("releaser", "releaser", 0o700)
 # Below SPOOL. Made by `secure-sendmail vhost add`, compared by `check`.
 DIRECTORIES = {
     "vhosts": Place("root", "releaser", 0o751),

@@ -10,17 +10,21 @@ import os
 import stat
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from releaser import layout, trusted
 from releaser.config import uid_of
-from releaser.identity import Identity
+from releaser.identity import USER, Identity, user
 from releaser.layout import Place
 
+# Neither reads nor waits, and follows nothing, whatever it is that lies there.
+LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _ACL = "system.posix_acl_access"
 # What the kernel keeps of an access control list: acl(5), and struct posix_acl_xattr_entry of linux/posix_acl_xattr.h.
 _ACL_VERSION = struct.pack("<I", 2)
 _USER_OBJ, _USER, _GROUP_OBJ, _MASK, _OTHER, _NO_ID = 0x01, 0x02, 0x04, 0x10, 0x20, 0xFFFFFFFF
+_GROUP = 0x08
 
 
 class Refused(Exception):
@@ -35,8 +39,23 @@ class Gate:
     uids: tuple[int, ...] = ()
 
 
+ALL = Gate()
+
+
+class Rights(NamedTuple):
+    """Who may do what with a directory or a bell; an access control list grants the rest: (tag, id, permissions)."""
+
+    uid: int
+    gid: int
+    mode: int
+    granted: tuple[tuple[int, int, int], ...] = ()
+
+
 def gate(users: tuple[str, ...], group: int | None) -> Gate:
-    """The gate for USERS, by GROUP or the first one's own group if it has no other members. Raises Refused."""
+    """The gate for USERS: GROUP, else the first one's own group, if all of it are these users; else an access control list.
+
+    Raises Refused.
+    """
     uids = []
     for name in users:
         uid = uid_of(name)
@@ -44,11 +63,12 @@ def gate(users: tuple[str, ...], group: int | None) -> Gate:
             raise Refused(f"there is no user {name!r}")
         if uid == 0:
             raise Refused("root is no customer: it would submit as everyone")
+        if uid == uid_of(USER):
+            raise Refused(f"{USER} is the releaser's own user, and no customer")
         uids.append(uid)
-    if group is None:
-        group = trusted.own_group(uids[0])
-    if group is not None and trusted.members(group) == set(uids):
-        return Gate(gid=group)
+    for candidate in (group, trusted.own_group(uids[0])):
+        if candidate is not None and trusted.members(candidate) == set(uids):
+            return Gate(gid=candidate)
     return Gate(uids=tuple(sorted(set(uids))))
 
 
@@ -59,28 +79,35 @@ def group(name: str | None) -> int | None:
     try:
         return grp.getgrnam(name).gr_gid
     except KeyError:
-        if name.isdecimal():
+        # The last number is the kernel's word for none.
+        if name.isascii() and name.isdigit() and int(name) < _NO_ID:
             return int(name)
         raise Refused(f"there is no group {name!r}") from None
 
 
 def make_spool(spool: str, state: str, identity: Identity) -> None:
     """Make whatever is missing of SPOOL and STATE; what is there stays as it is. Raises OSError."""
-    for path, place in ((spool, layout.SPOOL), (state, Place("releaser", "releaser", 0o700))):
-        if not os.path.isdir(path):
-            _make_way(os.path.dirname(path), 0o700 if identity.private else 0o755)
-            os.mkdir(path, 0o700)
-            fd = os.open(path, _DIRECTORY)
-            _give(fd, place, identity)
-            os.close(fd)
+    make_top(spool, layout.SPOOL, identity)
+    make_top(state, layout.STATE, identity)
     with Spool(spool, identity) as opened:
-        if os.listdir(opened.fd) == []:
+        if os.listdir(spool) == []:
             # An empty directory that someone else has made for us.
-            _give(opened.fd, layout.SPOOL, identity)
+            give(opened.fd, wanted(layout.SPOOL, identity))
         for name, place in layout.DIRECTORIES.items():
             opened.make_directory(opened.fd, name, place)
         with opened.inside("wake") as wake:
             opened.make_bell(wake, layout.CONTROL_BELL, layout.CONTROL_BELL_PLACE, Gate())
+
+
+def make_top(path: str, place: Place, identity: Identity) -> None:
+    """Make SPOOL or STATE, and the way to it, unless it is there. Raises OSError."""
+    if os.path.isdir(path):
+        return
+    _make_way(os.path.dirname(path), 0o700 if identity.private else 0o755)
+    os.mkdir(path, 0o700)
+    fd = os.open(path, _DIRECTORY)
+    give(fd, wanted(place, identity))
+    os.close(fd)
 
 
 def _make_way(directory: str, mode: int) -> None:
@@ -98,11 +125,8 @@ class Spool:
         """Raises OSError, Refused."""
         self.path = spool
         self.identity = identity
-        try:
-            self.fd = os.open(spool, _DIRECTORY)
-        except PermissionError:
-            # Who may go through it only, as the releaser's user may, can still see what lies in it by name.
-            self.fd = os.open(spool, _DIRECTORY | os.O_PATH)
+        # The releaser's user may go through it only, and not read it.
+        self.fd = os.open(spool, _DIRECTORY | os.O_PATH)
 
     def __enter__(self) -> "Spool":
         return self
@@ -119,40 +143,34 @@ class Spool:
             raise Refused(f"{self.path}/{name}: must belong to root, and nobody else may write there; run: secure-sendmail check")
         return _Inside(fd)
 
-    def make_directory(self, parent: int, name: str, place: Place, gate: Gate | None = None) -> None:
+    def make_directory(self, parent: int, name: str, place: Place, gate: Gate = ALL) -> None:
         """Make NAME in PARENT, unless it is there."""
         try:
             os.mkdir(name, 0o700, dir_fd=parent)
         except FileExistsError:
             return
-        fd = os.open(name, _DIRECTORY, dir_fd=parent)
-        try:
-            self.give(fd, place, gate)
-        finally:
-            os.close(fd)
+        self._give(parent, name, place, gate)
 
-    def give(self, fd: int, place: Place, gate: Gate | None = None) -> None:
-        _give(fd, place, self.identity, gate)
-
-    def make_bell(self, wake: int, name: str, place: Place, gate: Gate) -> None:
+    def make_bell(self, wake: int, name: str, place: Place, gate: Gate = ALL) -> None:
         """Make the FIFO NAME in WAKE, unless it is there."""
         try:
             os.mkfifo(name, 0o600, dir_fd=wake)
         except FileExistsError:
             return
-        self.give_bell(wake, name, place, gate)
+        self._give(wake, name, place, gate)
 
-    def give_bell(self, wake: int, name: str, place: Place, gate: Gate) -> None:
-        """Let the FIFO NAME have owner, group and mode of PLACE; nobody else can put anything in its way."""
-        uid, gid, mode = _ids(place, self.identity, gate)
-        mode = layout.BELL_PRIVATE_MODE if self.identity.private else mode
-        os.chown(name, uid, gid, dir_fd=wake, follow_symlinks=False)
-        os.chmod(name, mode, dir_fd=wake)
-        if gate.uids and not self.identity.private:
-            os.setxattr(f"{self.path}/wake/{name}", _ACL, _acl(6, 2, gate.uids), follow_symlinks=False)
+    def _give(self, parent: int, name: str, place: Place, gate: Gate) -> None:
+        fd = os.open(name, LOOK, dir_fd=parent)
+        try:
+            give(fd, wanted(place, self.identity, gate))
+        finally:
+            os.close(fd)
 
     def make_maildrop(self, name: str, gate: Gate, bell: str, policy: bytes) -> str:
-        """Make the maildrop NAME, aside; return under which name. place() puts it where enqueue finds it. Raises OSError."""
+        """Make the maildrop NAME, aside; return under which name. rename_maildrop() puts it where enqueue finds it.
+
+        Raises OSError.
+        """
         top = layout.UNREGISTERED_GATE if name == layout.UNREGISTERED else layout.VHOST_DIRECTORIES[""]
         bell_place = layout.UNREGISTERED_BELL if name == layout.UNREGISTERED else layout.BELL
         staging = f".{name}.new"
@@ -169,11 +187,11 @@ class Spool:
                 with os.fdopen(text, "wb") as stream:
                     stream.write(policy)
                     stream.flush()
-                    uid, gid, _ = _ids(top, self.identity, gate)
-                    os.fchown(text, uid, gid)
+                    rights = wanted(top, self.identity, gate)
+                    os.fchown(text, rights.uid, rights.gid)
                     os.fchmod(text, layout.POLICY_MODE)
                     os.fsync(text)
-                self.give(fd, top, gate)
+                give(fd, wanted(top, self.identity, gate))
             finally:
                 os.close(fd)
         return staging
@@ -252,51 +270,79 @@ def remove_tree(parent: int, name: str) -> int:
     return removed
 
 
-def wanted(place: Place, identity: Identity, gate: Gate | None = None) -> tuple[int, int, int]:
-    """Owner, group and mode that a directory is to have."""
-    return _ids(place, identity, gate)
-
-
-def _ids(place: Place, identity: Identity, gate: Gate | None) -> tuple[int, int, int]:
+def wanted(place: Place, identity: Identity, gate: Gate = ALL) -> Rights:
+    """What a directory or a bell at PLACE is to have; who GATE lets through has what the mode says of the group."""
     if identity.private:
-        return identity.uid, identity.gid, layout.PRIVATE_MODE
-    customer = gate.gid if gate is not None and gate.gid is not None else identity.gid
+        return Rights(identity.uid, identity.gid, place.mode & 0o700)
     uid = {"root": 0, "releaser": identity.uid}[place.owner]
-    gid = {"root": 0, "releaser": identity.gid, "customer": customer}[place.group]
-    return uid, gid, place.mode
+    gid = {"root": 0, "releaser": identity.gid, "customer": identity.gid if gate.gid is None else gate.gid}[place.group]
+    users = [(_USER, number, place.mode >> 3 & 7) for number in sorted(gate.uids)]
+    return Rights(uid, gid, place.mode, (*users, (_GROUP_OBJ, _NO_ID, 0)) if users else ())
 
 
-def _give(fd: int, place: Place, identity: Identity, gate: Gate | None = None) -> None:
-    """Let the directory FD have owner, group, mode and access control list as PLACE and GATE say."""
-    uid, gid, mode = _ids(place, identity, gate)
-    # Mode last: a change of owner takes the set-gid bit away; the directory is still ours while it is too open.
-    os.fchown(fd, uid, gid)
-    remove_acl(fd)
-    os.fchmod(fd, mode)
-    if gate is not None and gate.uids and not identity.private:
-        os.setxattr(fd, _ACL, _acl(7, 1, gate.uids))
-
-
-def acl_users(fd: int) -> tuple[int, ...]:
-    """The users whom the access control list of the directory FD names; none where it has none."""
+def rights(fd: int) -> Rights:
+    """What the directory or FIFO FD, which need not be open for reading, has."""
+    status = os.stat(_path(fd))
     try:
-        text = os.getxattr(fd, _ACL)
+        text = os.getxattr(_path(fd), _ACL)
     except OSError:
-        return ()
-    entries = struct.iter_unpack("<HHI", text[4:])
-    return tuple(sorted(uid for tag, _, uid in entries if tag == _USER))
+        # There is none, or the file system knows none.
+        text = _ACL_VERSION
+    entries = [(tag, number, may) for tag, may, number in struct.iter_unpack("<HHI", text[4:])]
+    granted = sorted(entry for entry in entries if entry[0] in (_USER, _GROUP_OBJ, _GROUP))
+    return Rights(status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode), tuple(granted))
 
 
-def remove_acl(fd: int) -> None:
+def wrong(found: Rights, right: Rights, any_group: bool) -> str:
+    """What of FOUND is not RIGHT, in words; empty where nothing is."""
+    said = []
+    if found.uid != right.uid or (found.gid != right.gid and not any_group):
+        owners = [f"{user(each.uid)}:{group_name(each.gid)}" if not any_group else user(each.uid) for each in (found, right)]
+        said.append(f"belongs to {owners[0]}, must belong to {owners[1]}")
+    if found.mode != right.mode:
+        said.append(f"mode {found.mode:04o}, must be {right.mode:04o}")
+    if found.granted != right.granted:
+        said.append(f"its access control list lets in {_granted(found)}, must let in {_granted(right)}")
+    return ", ".join(said)
+
+
+def _granted(rights: Rights) -> str:
+    said = []
+    for tag, number, may in rights.granted:
+        if may:
+            name = user(number) if tag == _USER else f"group {group_name(number)}" if tag == _GROUP else "its group"
+            said.append(f"{name} ({may:o})")
+    return ", ".join(said) or "nobody"
+
+
+def group_name(gid: int) -> str:
     try:
-        os.removexattr(fd, _ACL)
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return f"gid {gid}"
+
+
+def give(fd: int, rights: Rights) -> None:
+    """Let the directory or FIFO FD have RIGHTS. Raises OSError."""
+    # Mode last: a change of owner takes the set-gid bit away; it is still ours while it is too open.
+    os.chown(_path(fd), rights.uid, rights.gid)
+    try:
+        os.removexattr(_path(fd), _ACL)
     except OSError:
         # There is none, or the file system knows none.
         pass
+    os.chmod(_path(fd), rights.mode)
+    if rights.granted:
+        os.setxattr(_path(fd), _ACL, _acl(rights))
 
 
-def _acl(owner: int, users: int, uids: tuple[int, ...]) -> bytes:
-    """An access control list: OWNER's permissions, those of each of UIDS, nothing for anyone else."""
-    entries = [(_USER_OBJ, owner, _NO_ID), *((_USER, users, uid) for uid in sorted(uids))]
-    entries += [(_GROUP_OBJ, 0, _NO_ID), (_MASK, users, _NO_ID), (_OTHER, 0, _NO_ID)]
+def _path(fd: int) -> str:
+    """A name of what FD stands for, which nobody can make another's."""
+    return f"/proc/self/fd/{fd}"
+
+
+def _acl(rights: Rights) -> bytes:
+    """An access control list: the owner's permissions, those that are granted, nothing for anyone else."""
+    entries = [(_USER_OBJ, rights.mode >> 6 & 7, _NO_ID), *((tag, may, number) for tag, number, may in rights.granted)]
+    entries += [(_MASK, rights.mode >> 3 & 7, _NO_ID), (_OTHER, 0, _NO_ID)]
     return _ACL_VERSION + b"".join(struct.pack("<HHI", *entry) for entry in entries)

@@ -1,18 +1,29 @@
 """secure-sendmail check: whether spool, ledger and configuration agree, and the releaser and the MTA are there."""
 
+import logging
 import os
+import pwd
 import socket
+import sqlite3
 import stat
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import click
 
-from releaser import config, daemon, errorlog, identity, layout, mailqueue, policy, provision, startup
+from releaser import config, daemon, errorlog, identity, layout, ledger, mailqueue, policy, provision, startup
 from releaser.cli import output
 from releaser.cli.context import Context, json_option, pass_context
 from releaser.cli.vhost import who_works
-from releaser.ledger import CORRUPT, FAILED, HELD, TRASHED, Ledger
-from releaser.provision import Spool
+from releaser.identity import Identity
+from releaser.layout import Place
+from releaser.ledger import CORRUPT, FAILED, HELD, TRASHED, Ledger, LedgerError
+from releaser.maillog import LOG
+from releaser.provision import ALL, Gate, Refused, Spool
+
+REPAIR = "run: secure-sendmail check --repair"
+AWAY = f"move it away, and {REPAIR}"
 
 
 @dataclass
@@ -23,6 +34,10 @@ class Found:
     warnings: list[str] = field(default_factory=list)
     mended: list[str] = field(default_factory=list)
 
+    def add(self, other: dict[str, list[str]]) -> None:
+        for name, sentences in other.items():
+            getattr(self, name).extend(sentences)
+
 
 @click.command()
 @click.option("--repair", is_flag=True, help="Mend what can be mended without guessing.")
@@ -30,20 +45,13 @@ class Found:
 @pass_context
 def check(context: Context, repair: bool, as_json: bool) -> None:
     """Say what needs repair. Exit status 1 if anything does; warnings alone are 0."""
-    settings = context.config
-    who = who_works(settings) if repair else context.settle()
+    # What the releaser would log at its start is said below.
+    LOG.addHandler(logging.NullHandler())
+    who = _settle(context, repair)
     found = Found()
-    if repair:
-        provision.make_spool(settings.spool, settings.state, who)
-        identity.run_as(who, lambda: Ledger(settings.state, create=True).close())
-    with Spool(settings.spool, who) as spool:
-        _directories(spool, settings, repair, found)
-    if not found.problems:
-        # As the releaser's user: what lies in the queues is its own.
-        inner = identity.run_as(who, lambda: vars(_inside(settings, repair)))
-        found.problems += inner["problems"]
-        found.mended += inner["mended"]
-        found.warnings += inner["warnings"]
+    names = Outside(context.config, who, repair, found).look()
+    # As the releaser's user: what lies in the queues is its own.
+    found.add(identity.run_as(who, lambda: vars(Inside(context.config, who, repair).look(names))))
     if as_json:
         output.as_json(vars(found))
     else:
@@ -56,206 +64,404 @@ def check(context: Context, repair: bool, as_json: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
-def _directories(spool: Spool, settings: config.Config, repair: bool, found: Found) -> None:
-    """Owners, groups and modes from SPOOL down to the maildrops; what the customers have made there is not looked at."""
-    _directory(spool, ".", spool.fd, settings.spool, layout.SPOOL, None, repair, found)
-    opened: dict[str, int] = {}
-    for name, place in layout.DIRECTORIES.items():
-        opened[name] = _entry(spool, spool.fd, name, f"{settings.spool}/{name}", place, None, repair, found)
+def _settle(context: Context, repair: bool) -> Identity:
+    """Whose the spool is to be; be the releaser's user from now on, with REPAIR root. Raises NotOurs."""
+    settings = context.config
+    who = _shared(settings)
+    if who is None:
+        return who_works(settings) if repair else context.settle()
+    if repair and os.geteuid() != 0:
+        raise identity.NotOurs(f"{settings.spool}: this is {identity.user(os.geteuid())}; run this as root")
+    if os.geteuid() == 0 and not repair:
+        identity.become(who)
+    return who
+
+
+def _shared(settings: config.Config) -> Identity | None:
+    """The releaser's identity where the spool is one for many, also where SPOOL or STATE has been given to someone else.
+
+    Its vhosts with users, and the owner of what lies in it, still tell.
+    """
     try:
-        if opened["vhosts"] >= 0 and opened["wake"] >= 0:
-            for name in sorted(name for name in os.listdir(opened["vhosts"]) if layout.is_maildrop(name)):
-                _maildrop(spool, opened["vhosts"], opened["wake"], name, settings, repair, found)
-            _bell(spool, opened["wake"], layout.CONTROL_BELL, layout.CONTROL_BELL_PLACE, provision.Gate(), repair, found)
-            for name in sorted(set(settings.registered) - set(os.listdir(opened["vhosts"]))):
-                found.problems.append(
-                    f"{config.vhost_file(settings.file, name)}: {name} has no maildrop; remove the file, or run: "
-                    f"secure-sendmail vhost add {name} --user {' --user '.join(settings.vhost(name).users or ())}"
-                )
-    finally:
-        for fd in opened.values():
+        account = pwd.getpwnam(identity.USER)
+    except KeyError:
+        return None
+    if os.geteuid() not in (0, account.pw_uid):
+        return None
+    # Raises NotOurs, where someone else could put another directory in the place of it.
+    found = identity.of(settings.spool, settings.state)
+    owners = [_owner(path) for path in (settings.spool, f"{settings.spool}/active")]
+    if not found.private and owners[0] is None and not settings.registered:
+        # Nothing is made yet.
+        return None
+    if not found.private or settings.registered or (owners[1] == account.pw_uid and owners[0] != account.pw_uid):
+        return Identity(account.pw_uid, account.pw_gid, private=False)
+    return None
+
+
+def _owner(path: str) -> int | None:
+    try:
+        return os.lstat(path).st_uid
+    except OSError:
+        return None
+
+
+class Outside:
+    """SPOOL and STATE themselves, and the directories down to the maildrops; with REPAIR as root on a spool for many.
+
+    What the customers have made in the maildrops is not looked at.
+    """
+
+    def __init__(self, settings: config.Config, who: Identity, repair: bool, found: Found) -> None:
+        self.settings = settings
+        self.who = who
+        self.repair = repair
+        self.found = found
+
+    def look(self) -> list[str] | None:
+        """The names of the maildrops; None where they cannot be seen."""
+        settings = self.settings
+        for path, place in ((settings.spool, layout.SPOOL), (settings.state, layout.STATE)):
+            if self.repair and not os.path.lexists(path):
+                provision.make_top(path, place, self.who)
+                self.found.mended.append(f"{path}: made")
+        with self._opened(None, settings.state, settings.state, layout.STATE):
+            pass
+        with self._opened(None, settings.spool, settings.spool, layout.SPOOL) as top:
+            if top < 0:
+                return None
+            with Spool(settings.spool, self.who) as self.spool:
+                for name in layout.QUEUES:
+                    with self._opened(top, name, f"{settings.spool}/{name}", layout.DIRECTORIES[name]):
+                        pass
+                place = layout.DIRECTORIES["wake"]
+                with (
+                    self._opened(top, "vhosts", f"{settings.spool}/vhosts", place, listed=True) as vhosts,
+                    self._opened(top, "wake", f"{settings.spool}/wake", place, listed=True) as wake,
+                ):
+                    return self._maildrops(vhosts, wake) if vhosts >= 0 and wake >= 0 else None
+
+    def _maildrops(self, vhosts: int, wake: int) -> list[str]:
+        path = f"{self.settings.spool}/vhosts"
+        entries = _names(vhosts)
+        for name in sorted(set(self.settings.registered) - entries):
+            self._without_maildrop(name)
+        gates = {}
+        for name in sorted(filter(layout.is_maildrop, _names(vhosts))):
+            gates[name] = self._maildrop(vhosts, name)
+        for name in sorted(entries - gates.keys()):
+            left = name.startswith(".") and name.endswith((".new", ".removed"))
+            why = "left by a vhost add or remove that was interrupted" if left else "no vhost's"
+            self.found.warnings.append(f"{path}/{name}: {why}; remove it")
+        bells, inner = identity.run_as(self.who, lambda: self._bells(list(gates)))
+        self.found.add(inner)
+        for name, bell in bells.items():
+            gate, place = gates[name], layout.UNREGISTERED_BELL if name == layout.UNREGISTERED else layout.BELL
+            if gate is not None:
+                self._bell(wake, bell, place, gate)
+        self._bell(wake, layout.CONTROL_BELL, layout.CONTROL_BELL_PLACE, ALL)
+        if len(bells) == len(gates):
+            for name in sorted(_names(wake) - {layout.CONTROL_BELL, *bells.values()}):
+                self.found.warnings.append(f"{self.settings.spool}/wake/{name}: no vhost's bell; remove it")
+        return sorted(gates)
+
+    def _maildrop(self, vhosts: int, name: str) -> Gate | None:
+        """Judge the directories of NAME; the gate that it is to have, None where that is not known."""
+        path, shared = layout.maildrop(self.settings.spool, name), name == layout.UNREGISTERED
+        gate = ALL if shared else self._gate(name, os.stat(name, dir_fd=vhosts, follow_symlinks=False).st_gid)
+        place = layout.UNREGISTERED_GATE if shared else layout.VHOST_DIRECTORIES[""]
+        with self._opened(vhosts, name, path, place, gate) as top:
+            for part in ("tmp", "new") if top >= 0 else ():
+                with self._opened(top, part, f"{path}/{part}", layout.VHOST_DIRECTORIES[part]):
+                    pass
+        return gate
+
+    def _gate(self, name: str, group: int | None) -> Gate | None:
+        if self.who.private:
+            return ALL
+        file = config.vhost_file(self.settings.file, name)
+        users = self.settings.vhost(name).users
+        if users is None:
+            self.found.problems.append(
+                f'{file}: names no users, all mail of {name} is held; write users = ["NAME"] into it, and {REPAIR}'
+            )
+            return None
+        try:
+            return provision.gate(users, group)
+        except Refused as error:
+            self.found.problems.append(f"{file}: {error}; edit it, and {REPAIR}; or run: secure-sendmail vhost remove {name}")
+            return None
+
+    def _without_maildrop(self, name: str) -> None:
+        """Make the maildrop of NAME, which has users, or say that it is missing."""
+        file, path = config.vhost_file(self.settings.file, name), layout.maildrop(self.settings.spool, name)
+        for other in self.settings.registered:
+            if other != name and os.path.samefile(config.vhost_file(self.settings.file, other), file):
+                self.found.problems.append(f"{file}: left by a rename from or to {other} that was interrupted; remove it")
+                return
+        if not self.repair:
+            self.found.problems.append(f"{path}: does not exist, and {file} does; remove that, or {REPAIR}")
+            return
+        gate = self._gate(name, None)
+        if gate is not None:
+            bell = os.urandom(16).hex()
+            text = policy.render(self.settings, name, bell, self.settings.vhost(name).max_message_size)
+            self.spool.rename_maildrop(self.spool.make_maildrop(name, gate, bell, text), name)
+            self.found.mended.append(f"{path}: made")
+
+    def _bells(self, names: list[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
+        """The bells that the policies name, and what was found of these; for the releaser's user, whose they are."""
+        bells, found = {}, Found()
+        for name in names:
+            path = f"{layout.maildrop(self.settings.spool, name)}/policy"
+            try:
+                if not stat.S_ISREG(os.lstat(path).st_mode):
+                    found.problems.append(f"{path}: is no regular file; {AWAY}")
+                    continue
+            except FileNotFoundError:
+                pass
+            except OSError:
+                # The directory cannot be entered, which is said.
+                continue
+            bell = policy.bell(self.settings.spool, name)
+            if bell is None and not self.repair:
+                found.problems.append(f"{path}: names no bell, mail is found by scanning only; {REPAIR}")
+                continue
+            if bell is None:
+                bell = os.urandom(16).hex()
+                text = policy.render(self.settings, name, bell, self.settings.vhost(name).max_message_size)
+                try:
+                    policy.write(self.settings.spool, name, text)
+                except OSError as error:
+                    found.problems.append(f"{path}: names no bell, and cannot be written: {error.strerror}")
+                    continue
+                found.mended.append(f"{path}: named no bell")
+            bells[name] = bell
+        return bells, vars(found)
+
+    def _bell(self, wake: int, name: str, place: Place, gate: Gate) -> None:
+        with self._opened(wake, name, f"{self.settings.spool}/wake/{name}", place, gate, bell=True):
+            pass
+
+    @contextmanager
+    def _opened(
+        self, parent: int | None, name: str, path: str, place: Place, gate: Gate | None = ALL, bell: bool = False,
+        listed: bool = False,
+    ) -> Iterator[int]:  # fmt: skip
+        """Judge the directory or bell NAME in PARENT, and mend it; its descriptor, or -1 where one cannot look into it.
+
+        Without a GATE, which is not known, its rights are not judged. LISTED: to look into it is to list it.
+        """
+        fd = -1
+        try:
+            fd = self._look(parent, name, path, place, gate, bell)
+            if fd >= 0 and not bell and not os.access(f"/proc/self/fd/{fd}", os.X_OK | (os.R_OK if listed else 0)):
+                self.found.problems.append(f"{path}: what lies in it is not looked at")
+                os.close(fd)
+                fd = -1
+            yield fd
+        finally:
             if fd >= 0:
                 os.close(fd)
 
-
-def _maildrop(spool: Spool, vhosts: int, wake: int, name: str, settings: config.Config, repair: bool, found: Found) -> None:
-    path, shared = layout.maildrop(settings.spool, name), name == layout.UNREGISTERED
-    place = layout.UNREGISTERED_GATE if shared else layout.VHOST_DIRECTORIES[""]
-    gate: provision.Gate | None = provision.Gate()
-    if not shared and not spool.identity.private:
+    def _look(self, parent: int | None, name: str, path: str, place: Place, gate: Gate | None, bell: bool) -> int:
         try:
-            gate = _gate(vhosts, name, settings)
-        except provision.Refused as error:
-            found.problems.append(f"{path}: {error}; run: secure-sendmail vhost remove {name}, or edit its file in vhosts.d")
-            gate = None
-    fd = _entry(spool, vhosts, name, path, place, gate, repair and gate is not None, found, gate is not None)
-    if fd < 0:
-        return
-    try:
-        for part in ("tmp", "new"):
-            inner = _entry(spool, fd, part, f"{path}/{part}", layout.VHOST_DIRECTORIES[part], None, repair, found)
-            if inner >= 0:
-                os.close(inner)
-    finally:
-        os.close(fd)
-    if gate is None:
-        return
-    bell = identity.run_as(spool.identity, lambda: policy.bell(settings.spool, name))
-    if bell is None and repair:
-        bell = os.urandom(16).hex()
-        text = policy.render(settings, name, bell, settings.vhost(name).max_message_size)
-        identity.run_as(spool.identity, lambda: policy.write(settings.spool, name, text))
-        found.mended.append(f"{path}/policy: written")
-    if bell is None:
-        found.problems.append(
-            f"{path}/policy: names no bell, mail is found by scanning only; run: secure-sendmail check --repair"
-        )
-        return
-    _bell(spool, wake, bell, layout.UNREGISTERED_BELL if shared else layout.BELL, gate, repair, found)
-
-
-def _gate(vhosts: int, name: str, settings: config.Config) -> provision.Gate:
-    """The gate that the vhost is to have: as it is, where its group still has no others in it. Raises Refused."""
-    users = settings.vhost(name).users
-    if users is None:
-        raise provision.Refused(f"no users in {config.vhost_file(settings.file, name)}: all its mail is held")
-    try:
-        group = os.stat(name, dir_fd=vhosts, follow_symlinks=False).st_gid
-    except OSError:
-        group = None
-    first = provision.gate(users, group)
-    return first if first.gid is not None else provision.gate(users, None)
-
-
-def _entry(
-    spool: Spool, parent: int, name: str, path: str, place: layout.Place, gate: provision.Gate | None, repair: bool,
-    found: Found, judge: bool = True,
-) -> int:  # fmt: skip
-    """Judge the directory NAME in PARENT; its descriptor, or -1 where there is none."""
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        try:
-            fd = os.open(name, flags, dir_fd=parent)
+            fd = os.open(name, provision.LOOK, dir_fd=parent)
         except FileNotFoundError:
-            if not repair:
-                raise
-            spool.make_directory(parent, name, place, gate)
-            found.mended.append(f"{path}: made")
-            fd = os.open(name, flags, dir_fd=parent)
-        except PermissionError:
-            # Whom it belongs to can be seen all the same.
-            fd = os.open(name, flags | os.O_PATH, dir_fd=parent)
-    except OSError as error:
-        hint = "; run: secure-sendmail check --repair" if isinstance(error, FileNotFoundError) else ": not a directory of ours"
-        found.problems.append(f"{path}: {error.strerror}{hint}")
-        return -1
-    if judge:
-        _directory(spool, name, fd, path, place, gate, repair, found)
-    return fd
+            if not self.repair or parent is None or gate is None:
+                self.found.problems.append(f"{path}: does not exist; {REPAIR}")
+                return -1
+            (self.spool.make_bell if bell else self.spool.make_directory)(parent, name, place, gate)
+            self.found.mended.append(f"{path}: made")
+            fd = os.open(name, provision.LOOK, dir_fd=parent)
+        mode = os.fstat(fd).st_mode
+        if not (stat.S_ISFIFO(mode) if bell else stat.S_ISDIR(mode)):
+            self.found.problems.append(f"{path}: is no {'FIFO' if bell else 'directory'}; {AWAY}")
+            os.close(fd)
+            return -1
+        right = provision.wanted(place, self.who, gate or ALL)
+        wrong = provision.wrong(provision.rights(fd), right, any_group=self.who.private) if gate is not None else ""
+        if wrong and not self.repair:
+            self.found.problems.append(f"{path}: {wrong}; {REPAIR}")
+        elif wrong:
+            try:
+                provision.give(fd, right)
+                self.found.mended.append(f"{path}: {wrong}")
+            except OSError as error:
+                self.found.problems.append(f"{path}: {wrong}, and cannot be mended: {error.strerror}")
+        return fd
 
 
-def _directory(
-    spool: Spool, name: str, fd: int, path: str, place: layout.Place, gate: provision.Gate | None, repair: bool, found: Found
-) -> None:
-    status = os.fstat(fd)
-    uid, gid, mode = provision.wanted(place, spool.identity, gate)
-    users = gate.uids if gate is not None and not spool.identity.private else ()
-    wrong = []
-    if (status.st_uid, status.st_gid) != (uid, gid) and not (spool.identity.private and status.st_uid == uid):
-        wrong.append(f"belongs to {status.st_uid}:{status.st_gid}, must belong to {uid}:{gid}")
-    if stat.S_IMODE(status.st_mode) != mode:
-        wrong.append(f"mode {stat.S_IMODE(status.st_mode):04o}, must be {mode:04o}")
-    if provision.acl_users(fd) != users:
-        wrong.append(f"its access control list names {list(provision.acl_users(fd))}, must name {list(users)}")
-    if not wrong:
-        return
-    if not repair:
-        found.problems.append(f"{path}: {', '.join(wrong)}; run: secure-sendmail check --repair")
-        return
-    spool.give(fd, place, gate)
-    found.mended.append(f"{path}: {', '.join(wrong)}")
+class Inside:
+    """What the releaser's user sees: the configuration, the index against the files, and who answers."""
+
+    def __init__(self, settings: config.Config, who: Identity, repair: bool) -> None:
+        self.settings = settings
+        self.who = who
+        self.repair = repair
+        self.found = Found()
+
+    def look(self, names: list[str] | None) -> Found:
+        """NAMES are those of the maildrops, None where they are not known."""
+        self._configuration()
+        self._owners()
+        running = daemon.running(self.settings.spool)
+        book = self._ledger()
+        if book is not None:
+            try:
+                self._index(book, running)
+            except sqlite3.Error as error:
+                self._unusable(str(error))
+        if self.repair:
+            try:
+                # The bells may be new ones.
+                os.utime(f"{self.settings.spool}/wake/{layout.CONTROL_BELL}")
+            except OSError:
+                # Its scan finds all of this, too.
+                pass
+        self._warnings(names, running)
+        return self.found
+
+    def _configuration(self) -> None:
+        try:
+            config.load(self.settings.file)
+        except config.ConfigError as error:
+            user = identity.user(self.who.uid)
+            closed = [path for path in self._files() if not os.access(path, os.R_OK)]
+            hints = [
+                f"chown root:{user} {path} && chmod {'0750' if os.path.isdir(path) else '0640'} {path}" for path in closed[:1]
+            ]
+            self.found.problems.append("; ".join([f"{error}, for {user}, who runs the releaser", *(f"run: {h}" for h in hints)]))
+
+    def _files(self) -> list[str]:
+        """The configuration's directories and files, the way to it first."""
+        file = self.settings.file
+        files = [config.vhost_file(file, name) for name in self.settings.registered]
+        return [os.path.dirname(os.path.abspath(file)), file, *filter(os.path.lexists, [config.vhosts_directory(file), *files])]
+
+    def _owners(self) -> None:
+        """Whether the files of queues and state are the releaser's; one in corrupt/ is its writer's."""
+        spool, user = self.settings.spool, identity.user(self.who.uid)
+        for directory in (self.settings.state, *(f"{spool}/{queue}" for queue in layout.QUEUES if queue != "corrupt")):
+            try:
+                paths = sorted(f"{directory}/{name}" for name in os.listdir(directory))
+            except OSError:
+                # What is wrong with the directory is said.
+                continue
+            for path in paths:
+                owner = _owner(path)
+                if owner not in (None, self.who.uid):
+                    self.found.problems.append(
+                        f"{path.removeprefix(f'{spool}/')}: belongs to {identity.user(owner)}, must belong to {user}; "
+                        f"run: chown -h {user}: {path}"
+                    )
+
+    def _ledger(self) -> Ledger | None:
+        path = self._ledger_path
+        try:
+            status = os.lstat(path)
+        except FileNotFoundError:
+            if not self.repair:
+                self.found.problems.append(f"{path}: does not exist; {REPAIR}")
+                return None
+            Ledger(self.settings.state, create=True).close()
+            self.found.mended.append(f"ledger made: {path}")
+            status = os.lstat(path)
+        except OSError:
+            # What is wrong with STATE is said.
+            return None
+        if not stat.S_ISREG(status.st_mode):
+            self._unusable("is no regular file")
+        elif status.st_uid == self.who.uid:
+            try:
+                return Ledger(self.settings.state)
+            except LedgerError as error:
+                if type(error.__context__) is sqlite3.DatabaseError:
+                    self._unusable(str(error.__context__))
+                else:
+                    self.found.problems.append(str(error))
+        return None
+
+    @property
+    def _ledger_path(self) -> str:
+        return f"{self.settings.state}/{ledger.FILE}"
+
+    def _unusable(self, reason: str) -> None:
+        again = "which makes a new one from the held files (what was counted is forgotten)"
+        self.found.problems.append(f"{self._ledger_path}: {reason}; {AWAY}, {again}")
+
+    def _index(self, book: Ledger, running: bool) -> None:
+        """The ledger against the files; taken up as by the releaser at its start, with --repair, if that does not run."""
+        differ, unreadable = self._compared(book)
+        if differ and self.repair and running:
+            differ.append("the index is the releaser's while it runs: stop it, run this again, and start it")
+        elif differ and self.repair:
+            before = differ
+            try:
+                with ExitStack() as locks:
+                    for directory in (f"{self.settings.spool}/active", self.settings.state):
+                        locks.callback(os.close, daemon.lock(directory))
+                    startup.take_up(self.settings.spool, book)
+                    self.found.mended += startup.close_missing(self.settings.spool, book)
+            except (daemon.Stop, OSError) as error:
+                self.found.problems.append(f"the index cannot be mended: {error}")
+            differ, unreadable = self._compared(book)
+            self.found.mended += [sentence.partition(";")[0] for sentence in before if sentence not in differ]
+        self.found.problems += differ + unreadable
+
+    def _compared(self, book: Ledger) -> tuple[list[str], list[str]]:
+        """What differs, and files that nobody can take up."""
+        spool = self.settings.spool
+        differ, unreadable = [], []
+        for state, queue in ((HELD, "hold"), (TRASHED, "trash"), (FAILED, "failed"), (CORRUPT, "corrupt")):
+            try:
+                known, files = set(book.queue_ids(state)), set(mailqueue.listing(spool, queue))
+            except OSError:
+                # What is wrong with the directory is said.
+                continue
+            # A decision that is being carried out shows here for an instant.
+            for queue_id in sorted(known - files):
+                row = book.row(queue_id)
+                if row is not None and row.state == state and not os.path.lexists(layout.path(spool, queue, queue_id)):
+                    differ.append(f"{queue_id}: {state} in the ledger, but {queue}/{queue_id} does not exist")
+            for queue_id in sorted(files - known):
+                row, path = book.row(queue_id), layout.path(spool, queue, queue_id)
+                if (row is not None and row.state == state) or not os.path.lexists(path):
+                    continue
+                try:
+                    if queue != "corrupt":
+                        mailqueue.read(path)[1].close()
+                    differ.append(f"{queue}/{queue_id}: not in the ledger; the releaser takes it up at its next start")
+                except startup.UNREADABLE as error:
+                    reason = error.strerror if isinstance(error, OSError) else error
+                    unreadable.append(f"{queue}/{queue_id}: cannot be read ({reason}); look at it, and move it out of the spool")
+        return differ, unreadable
+
+    def _warnings(self, names: list[str] | None, running: bool) -> None:
+        settings, warnings = self.settings, self.found.warnings
+        if not running:
+            warnings.append("the releaser is not running: mail waits in the maildrops")
+        if names == []:
+            warnings.append("no vhosts; run: secure-sendmail vhost add VHOST")
+        scheme, _, rest = settings.mta_url.partition(":")
+        if scheme == "smtp":
+            _smtp(settings.mta_url, rest.removeprefix("//"), warnings)
+        if scheme == "sendmail" and not (os.path.isfile(rest) and os.access(rest, os.X_OK)):
+            warnings.append(
+                f"{settings.mta_url}: there is no such program that {identity.user(self.who.uid)} can run: mail waits"
+            )
+        observed = [name for name in names or () if settings.vhost(name).over_limit == "observe"]
+        if observed:
+            warnings.append(f'over_limit is "observe", mail over a limit is sent: {", ".join(observed)}')
+        logs = [settings.error_log, *(settings.vhost(name).error_log for name in names or ())]
+        for path in dict.fromkeys(filter(None, logs)):
+            problem = errorlog.problem(path, (settings.spool, settings.state))
+            if problem is not None:
+                warnings.append(f"{problem}; warnings do not reach it")
 
 
-def _bell(spool: Spool, wake: int, name: str, place: layout.Place, gate: provision.Gate, repair: bool, found: Found) -> None:
-    path = f"{spool.path}/wake/{name}"
-    uid, gid, mode = provision.wanted(place, spool.identity, gate)
-    mode = layout.BELL_PRIVATE_MODE if spool.identity.private else mode
-    try:
-        status = os.stat(name, dir_fd=wake, follow_symlinks=False)
-    except OSError as error:
-        if not repair:
-            found.problems.append(f"{path}: {error.strerror}; run: secure-sendmail check --repair")
-            return
-        spool.make_bell(wake, name, place, gate)
-        found.mended.append(f"{path}: made")
-        return
-    if not stat.S_ISFIFO(status.st_mode):
-        found.problems.append(f"{path}: not a FIFO; remove it, and run: secure-sendmail check --repair")
-        return
-    owned = status.st_uid == uid and (status.st_gid == gid or spool.identity.private)
-    if owned and stat.S_IMODE(status.st_mode) == mode:
-        return
-    if repair:
-        spool.give_bell(wake, name, place, gate)
-        found.mended.append(f"{path}: owner and mode")
-    else:
-        found.problems.append(f"{path}: wrong owner or mode; run: secure-sendmail check --repair")
-
-
-def _inside(settings: config.Config, repair: bool) -> Found:
-    """What the releaser's user sees: the index against the files, and who answers."""
-    found = Found()
-    book = Ledger(settings.state)
-    running = daemon.running(settings.spool)
-    found.problems += _index(settings.spool, book)
-    if found.problems and repair:
-        if running:
-            found.problems.append("the index is the releaser's while it runs: stop it, run this again, and start it")
-        else:
-            locks = [daemon.lock(f"{settings.spool}/active"), daemon.lock(settings.state)]
-            startup.take_up(settings.spool, book)
-            found.mended += [f"{sentence}: mended" for sentence in found.problems]
-            found.mended += startup.close_missing(settings.spool, book)
-            found.problems = _index(settings.spool, book)
-            for fd in locks:
-                os.close(fd)
-    _warnings(settings, running, found)
-    return found
-
-
-def _index(spool: str, book: Ledger) -> list[str]:
-    found = []
-    for state, queue in ((HELD, "hold"), (TRASHED, "trash"), (FAILED, "failed"), (CORRUPT, "corrupt")):
-        known, files = set(book.queue_ids(state)), set(mailqueue.listing(spool, queue))
-        # A decision that is being carried out shows here for an instant.
-        for queue_id in sorted(known - files):
-            row = book.row(queue_id)
-            if row is not None and row.state == state and not os.path.lexists(layout.path(spool, queue, queue_id)):
-                found.append(f"{queue_id}: {state} in the ledger, but {queue}/{queue_id} does not exist")
-        for queue_id in sorted(files - known):
-            row = book.row(queue_id)
-            if (row is None or row.state != state) and os.path.lexists(layout.path(spool, queue, queue_id)):
-                found.append(f"{queue}/{queue_id}: not in the ledger; the releaser takes it up at its next start")
-    return found
-
-
-def _warnings(settings: config.Config, running: bool, found: Found) -> None:
-    names = sorted(name for name in os.listdir(f"{settings.spool}/vhosts") if layout.is_maildrop(name))
-    if not running:
-        found.warnings.append("the releaser is not running: mail waits in the maildrops")
-    if not names:
-        found.warnings.append("no vhosts; run: secure-sendmail vhost add VHOST")
-    scheme, _, rest = settings.mta_url.partition("://")
-    if scheme == "smtp":
-        _smtp(settings.mta_url, rest, found.warnings)
-    observed = [name for name in names if settings.vhost(name).over_limit == "observe"]
-    if observed:
-        found.warnings.append(f'over_limit is "observe", mail over a limit is sent: {", ".join(observed)}')
-    logs = [settings.error_log, *(settings.vhost(name).error_log for name in names)]
-    for path in dict.fromkeys(filter(None, logs)):
-        problem = errorlog.problem(path, (settings.spool, settings.state))
-        if problem is not None:
-            found.warnings.append(f"{problem}; warnings do not reach it")
+def _names(directory: int) -> set[str]:
+    return set(os.listdir(f"/proc/self/fd/{directory}"))
 
 
 def _smtp(url: str, rest: str, warnings: list[str]) -> None:
