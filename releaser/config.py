@@ -272,6 +272,10 @@ class Config:
         """Whether the vhost has users of its own."""
         return "users" in self._exact.get(name, {})
 
+    def has_section(self, name: str) -> bool:
+        """Whether the vhost is configured by name."""
+        return name in self._exact
+
     def unregistered(self, name: str) -> VhostSettings:
         """The settings of a vhost that only claims its NAME: never more than the default limits."""
         settings, default = self.vhost(name), self._sections["limits"]

@@ -17,6 +17,8 @@ from releaser.maillog import LOG
 NOTICE_DELAY = 10
 # Notices in an hour; the last of them waits a little, and is a summary of all that are due by then.
 NOTICES, NOTICES_SECONDS, SUMMARY_DELAY = 20, 3600, 30
+# Incidents that a summary describes, and those that it names.
+DESCRIBED, NAMED = 20, 200
 # Bytes of warnings in one policy, the latest; the shared maildrop can have many, and enqueue reads no more than 64 KiB.
 WARNINGS_SIZE = 32 << 10
 
@@ -137,7 +139,12 @@ class Incidents:
             together, due = (due[:1], due[1:]) if left > 1 else (due, [])
             # Each notice has a time of its own, by which they are counted.
             now += 1e-6
-            sent.append(self._send(batch, notify, together, now))
+            try:
+                sent.append(self._send(batch, notify, together, now))
+            except OSError as error:
+                # Mail goes on; the notice is tried again.
+                LOG.error(maillog.notice_not_sent(error.strerror or str(error)))
+                break
             self._mark(batch, together, now)
             left -= 1
         return sent
@@ -178,7 +185,7 @@ class Incidents:
         if len(incidents) == 1:
             subject = f"{host}: {incidents[0].vhost} is over its limit, mail is {becomes[0]}"
         parts = []
-        for incident, what in zip(incidents, becomes, strict=True):
+        for incident, what in zip(incidents[:DESCRIBED], becomes, strict=False):
             top = self._ledger.top_script(incident.vhost, incident.opened_at - NOTICES_SECONDS)
             script = f"{_ascii(top[0])} ({top[1]} messages in an hour; what they say of themselves)" if top else "not known"
             review = f"limits show {incident.vhost}" if incident.observed else f"hold list --vhost {incident.vhost}"
@@ -193,6 +200,9 @@ class Incidents:
                 f"Review:     secure-sendmail {review}\n"
                 f'Stop all:   secure-sendmail stop {incident.vhost} --why "..."\n'
             )
+        if len(incidents) > DESCRIBED:
+            others = ", ".join(incident.vhost for incident in incidents[DESCRIBED:NAMED])
+            parts.append(f"And {len(incidents) - DESCRIBED} others: {others}{' ...' if len(incidents) > NAMED else ''}\n")
         return subject, "\n\n".join(parts) + "\nThis is the only notice of each until it has ended.\n"
 
 

@@ -507,9 +507,11 @@ class Ledger:
         self.log(event, row, now, [("", reason, "")], actor)
 
     def mail_of(self, vhost: str) -> dict[str, int]:
-        """The number of VHOST's messages in each state that is not final, and how many have an open attempt."""
-        sql = f"SELECT state, count(*), sum(attempt_open) FROM message WHERE {UNFINISHED} AND vhost = ? GROUP BY state"
-        found = list(self._db.execute(sql, (vhost,)))
+        """The number of messages in each state that is not final, and how many are with the MTA; of VHOST, or of the
+        maildrop of that name."""
+        with_mta = "sum(state = 'active' AND attempt_open AND deferred_at IS NULL)"
+        sql = f"SELECT state, count(*), {with_mta} FROM message WHERE {UNFINISHED} AND (vhost = ? OR maildrop = ?) GROUP BY state"
+        found = list(self._db.execute(sql, (vhost, vhost)))
         return {row[0]: row[1] for row in found} | {"in flight": sum(row[2] for row in found)}
 
     # What is shipped to MySQL: the rows of mail_log behind the last one that is known to be there.
@@ -565,9 +567,9 @@ class Ledger:
         return done
 
     def delete_held(self, vhost: str, actor: str, why: str) -> int:
-        """Decide to delete all held mail of VHOST; return how many."""
-        sql = f"SELECT queue_id FROM message WHERE {UNFINISHED} AND state = 'held' AND vhost = ?"
-        return len(self.decide("delete", [found[0] for found in self._db.execute(sql, (vhost,))], actor, why))
+        """Decide to delete all held mail of VHOST, or of the maildrop of that name; return how many."""
+        sql = f"SELECT queue_id FROM message WHERE {UNFINISHED} AND state = 'held' AND (vhost = ? OR maildrop = ?)"
+        return len(self.decide("delete", [found[0] for found in self._db.execute(sql, (vhost, vhost))], actor, why))
 
     def undone(self, decision: str) -> list[str]:
         """Messages for which DECISION is recorded but not carried out; for a release, until the MTA's first answer."""

@@ -98,6 +98,10 @@ def error_log_not_written(reason: str) -> str:
     return f"the error log cannot be written reason={reason!r}"
 
 
+def notice_not_sent(reason: str) -> str:
+    return f"the notice of an incident cannot be stored reason={reason!r}"
+
+
 def log_is_back() -> str:
     return "MySQL takes the log again"
 

@@ -24,6 +24,8 @@ from releaser.maillog import LOG
 ROUND = 100
 # Other vhosts' mail waits no longer than this, and one message, for the mail of one that is held.
 ROUND_SECONDS = 0.05
+# Incidents at once of vhosts that nobody has configured.
+MADE_UP = 50
 
 
 class Releaser:
@@ -69,9 +71,9 @@ class Releaser:
             batch = Batch(self._ledger)
             self._incidents.close([vhost for vhost in self._incidents.vhosts if vhost not in self._drops], batch)
             batch.commit()
-        for vhost in self._incidents.vhosts:
+        for name in {name if name in self._drops else layout.UNREGISTERED for name in self._incidents.vhosts}:
             # So that enqueue goes on to repeat the warning.
-            self._drops.write_policy(vhost)
+            self._drops.write_policy(name)
         self._close_vanished()
 
     def rung(self, bells: set[str]) -> None:
@@ -209,6 +211,11 @@ class Releaser:
                 return
             stopped = self._handover.stopped(known)
             if stopped is not None:
+                if known.attempt_open or len(known.remaining) < known.recipients:
+                    # Some have it, or may have it.
+                    known.counted_at = time.time()
+                    for account in self._accounts_of(known):
+                        account.confirm(known.queue_id, known.counted_at, known.recipients)
                 # S4 -> S3, where there is a copy.
                 mailqueue.remove(self._spool, "active", known.queue_id)
                 self._hold(batch, known, submitted, stopped)
@@ -222,8 +229,7 @@ class Releaser:
         settings = self._settings(row.vhost)
         reason, excess = self._verdict(submitted, row)
         if excess is not None:
-            # Where the uid is over its limit, the names that it makes up are one incident.
-            told = layout.UNREGISTERED if excess.whose else row.vhost
+            told = self._told(row, excess)
             if self._incidents.over(batch, told, excess.limit, settings.over_limit):
                 batch.then(partial(self._drops.write_policy, told))
         if reason and not (excess and settings.over_limit == "observe"):
@@ -251,6 +257,13 @@ class Releaser:
             if excess is not None:
                 return excess.reason, excess
         return "", None
+
+    def _told(self, row: Row, excess: limits.Excess) -> str:
+        """Whose incident it is: names can be made up in the shared maildrop, and all beyond some are one."""
+        if row.maildrop != layout.UNREGISTERED or self.config.has_section(row.vhost) or row.vhost in self._incidents.vhosts:
+            return row.vhost
+        made_up = sum(1 for vhost in self._incidents.vhosts if vhost not in self._drops)
+        return layout.UNREGISTERED if excess.whose or made_up >= MADE_UP else row.vhost
 
     def _not_theirs(self, submitted: pickup.Submitted, row: Row) -> str | None:
         """Why what the message claims to be is not what the kernel says; None where it is, or where nothing can be said."""
@@ -462,7 +475,7 @@ class Releaser:
 
     def _max_size(self, vhost: str) -> int:
         """The largest message in bytes: the configured one, and not more than the MTA takes with our tag."""
-        configured = self.config.vhost(vhost).max_message_size
+        configured = self._settings(vhost).max_message_size
         tag = sum(len(name) + len(value) + 4 for name, value in self.config.tag(vhost))
         announced = self._handover.senders.max_size
         return min(configured, max(announced - tag, 0)) if announced else configured

@@ -149,20 +149,27 @@ def _unfinished(spool: str, book: Ledger) -> TakenUp:
         if row.state == ACTIVE and row.deferred_at is None and row.decision is None:
             continue
         # The outcome is durable, the unlink behind it was not.
-        if pickup.is_same(_new(spool, row), row.digest):
-            try:
+        try:
+            if pickup.is_same(_new(spool, row), row.digest):
                 os.unlink(_new(spool, row))
-            except OSError as error:
-                LOG.error(maillog.left(row.vhost, row.source or "", f"cannot be removed: {error.strerror}"))
-                found.known[row.maildrop, row.source or ""] = row
-                continue
+        except OSError as error:
+            LOG.error(maillog.left(row.vhost, row.source or "", f"cannot be removed: {error.strerror}"))
+            found.known[row.maildrop, row.source or ""] = row
+            continue
         found.removed.append(row.queue_id)
     for row in book.rows("state = 'active'"):
         if row.decision == "release" and not os.path.exists(layout.path(spool, "active", row.queue_id)):
             place(spool, row)
         copied = os.path.exists(layout.path(spool, "active", row.queue_id))
         first = row.source is not None and row.deferred_at is None and row.decision is None
-        if first and pickup.is_same(_new(spool, row), row.digest):
+        try:
+            same = first and pickup.is_same(_new(spool, row), row.digest)
+        except OSError as error:
+            # Its owner can have a lease on it. It is compared again when it is read: nothing is decided here.
+            LOG.error(maillog.left(row.vhost, row.source or "", f"cannot be compared: {error.strerror}"))
+            found.known[row.maildrop, row.source or ""] = row
+            continue
+        if same:
             # S4 -> S3: it is read again from new/, and the copy of a larger message is made again.
             mailqueue.remove(spool, "active", row.queue_id)
             found.known[row.maildrop, row.source or ""] = row

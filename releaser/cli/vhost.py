@@ -174,13 +174,22 @@ def remove(context: Context, name: str, keep_mail: bool, delete_mail: bool, dry_
             if not sys.stdin.isatty():
                 raise click.UsageError("without a terminal, this vhost remove needs --yes")
             click.confirm("remove?", abort=True)
-        _close(spool, name, lambda: _obstacle(settings, who, name, delete_mail))
+        aside = f".{name}.removed"
+        with spool.inside("vhosts") as vhosts:
+            # What an interrupted remove has left.
+            provision.remove_tree(vhosts, aside)
+        mode = _close(spool, name, lambda: _obstacle(settings, who, name, delete_mail))
         bell = identity.run_as(who, lambda: policy.bell(settings.spool, name))
-        spool.rename_maildrop(name, f".{name}.removed")
+        spool.rename_maildrop(name, aside)
+        if not delete_mail and identity.run_as(who, lambda: _files(f"{settings.spool}/vhosts/{aside}/new")):
+            # In private mode no gate keeps its one user out.
+            spool.rename_maildrop(aside, name)
+            _set_mode(spool, name, mode)
+            raise Failed(f"{name}: mail has come in meanwhile; run this again")
         with spool.inside("vhosts") as vhosts:
             # The policy is a file, too.
-            files = max(provision.remove_tree(vhosts, f".{name}.removed") - 1, 0)
-        if bell:
+            files = max(provision.remove_tree(vhosts, aside) - 1, 0)
+        if bell and layout.is_bell(bell):
             spool.remove_bell(bell)
         try:
             os.unlink(config.vhost_file(context.file, name))
@@ -227,9 +236,16 @@ def resume(context: Context, name: str, why: str) -> None:
 def queued(spool: str, name: str) -> int:
     """How many files wait in the maildrop's new/; where there is none, `check` says so."""
     try:
-        with os.scandir(f"{layout.maildrop(spool, name)}/new") as entries:
-            return sum(1 for entry in entries if not entry.name.startswith("."))
+        return _files(f"{layout.maildrop(spool, name)}/new")
     except OSError:
+        return 0
+
+
+def _files(directory: str) -> int:
+    try:
+        with os.scandir(directory) as entries:
+            return sum(1 for entry in entries if not entry.name.startswith("."))
+    except FileNotFoundError:
         return 0
 
 
@@ -277,7 +293,7 @@ def _nothing_pending(settings: config.Config, who: identity.Identity, name: str)
 
 def _mail(settings: config.Config, who: identity.Identity, name: str) -> dict[str, int]:
     def count() -> dict[str, int]:
-        return {"waiting": queued(settings.spool, name), **Ledger(settings.state).mail_of(name)}
+        return {"waiting": _files(f"{layout.maildrop(settings.spool, name)}/new"), **Ledger(settings.state).mail_of(name)}
 
     found: dict[str, int] = identity.run_as(who, count)
     return found
@@ -300,23 +316,34 @@ def _messages(count: int) -> str:
     return f"{count} message" if count == 1 else f"{count} messages"
 
 
-def _close(spool: Spool, name: str, obstacle: Callable[[], str]) -> None:
-    """Close the gate, and wait until nothing of the maildrop is needed any more. Raises Failed; the gate is open again then."""
-    with spool.inside("vhosts") as vhosts:
-        gate = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=vhosts)
-    mode = os.fstat(gate).st_mode & 0o7777
+def _close(spool: Spool, name: str, obstacle: Callable[[], str]) -> int:
+    """Close the gate, and wait until nothing of the maildrop is needed any more; return the mode that it had.
+
+    Raises Failed; the gate is open again then.
+    """
+    mode = _set_mode(spool, name, 0o700)
     try:
-        os.fchmod(gate, 0o700)
         end = time.monotonic() + PATIENCE
         while (why := obstacle()) and time.monotonic() < end:
             time.sleep(0.1)
         if why:
             raise Failed(f"{name}: {why}")
     except BaseException:
-        os.fchmod(gate, mode)
+        _set_mode(spool, name, mode)
         raise
+    return mode
+
+
+def _set_mode(spool: Spool, name: str, mode: int) -> int:
+    """Give the gate of NAME another mode; return the one that it had."""
+    with spool.inside("vhosts") as vhosts:
+        gate = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=vhosts)
+    try:
+        before = os.fstat(gate).st_mode & 0o7777
+        os.fchmod(gate, mode)
     finally:
         os.close(gate)
+    return before
 
 
 def _ring(spool: str) -> bool:
