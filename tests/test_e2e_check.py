@@ -163,7 +163,7 @@ def test_what_a_person_has_to_mend(system: System) -> None:
     damages: list[tuple[Callable[[], object], str, Callable[[], object]]] = [
         (lambda: os.chown(spool / "hold" / held, 0, 0), f"hold/{held}: belongs to root, must belong to {DAEMON}; {mail}",
          lambda: os.chown(spool / "hold" / held, daemon, daemon)),
-        (lambda: os.chown(state / "ledger.sqlite", 0, 0), f"{state}/ledger.sqlite: belongs to root, must belong to {DAEMON}; run: ",
+        (lambda: os.chown(state / "ledger.sqlite", 0, 0), f"{state}/ledger.sqlite: belongs to root, must belong to {DAEMON}; ",
          lambda: os.chown(state / "ledger.sqlite", daemon, daemon)),
         (lambda: (spool / "hold" / GARBAGE).write_text("garbage") and os.chown(spool / "hold" / GARBAGE, daemon, daemon),
          f"hold/{GARBAGE}: cannot be read (", lambda: (spool / "hold" / GARBAGE).unlink()),

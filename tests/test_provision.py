@@ -72,6 +72,25 @@ def test_gate_of_a_number_is_an_access_control_list() -> None:
     assert provision.gate(("54321", "54322", "54321"), None) == provision.Gate(uids=(54321, 54322))
 
 
+@pytest.mark.parametrize("name", ["4294967295", "4294967296", "-1", "\u0661\u0662", "none-of-that-name", ""])
+def test_group_that_is_none_is_refused(name: str) -> None:
+    """Neither the kernel's word for no group, nor digits of another script, is a number of one."""
+    with pytest.raises(provision.Refused):
+        provision.group(name)
+    assert provision.group("4294967294") == 4294967294 and provision.group(None) is None
+
+
+def test_rights_in_words(tmp_path: Path) -> None:
+    """What is given is what is found, and each difference is named."""
+    fd = os.open(tmp_path, provision.LOOK)
+    right = provision.rights(fd)._replace(mode=0o710)
+    provision.give(fd, right)
+    assert provision.rights(fd) == right and provision.wrong(right, right, False) == ""
+    said = provision.wrong(right, right._replace(uid=54321, mode=0o700), True)
+    assert "must belong to uid 54321, mode 0710, must be 0700" in said
+    os.close(fd)
+
+
 def test_policy_has_room_for_the_latest_warnings(tmp_path: Path) -> None:
     """However many vhosts are over their limits, enqueue reads the policy whole, the latest warnings in it."""
     (tmp_path / "etc").mkdir(mode=0o700)

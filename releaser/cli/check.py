@@ -90,11 +90,10 @@ def _shared(settings: config.Config) -> Identity | None:
         return None
     # Raises NotOurs, where someone else could put another directory in the place of it.
     found = identity.of(settings.spool, settings.state)
-    owners = [_owner(path) for path in (settings.spool, f"{settings.spool}/active")]
-    if not found.private and owners[0] is None and not settings.registered:
-        # Nothing is made yet.
-        return None
-    if not found.private or settings.registered or (owners[1] == account.pw_uid and owners[0] != account.pw_uid):
+    owner, inner = _owner(settings.spool), _owner(f"{settings.spool}/active")
+    given_away = inner == account.pw_uid and owner != account.pw_uid
+    # Where nothing is made yet, there is nothing to look at.
+    if settings.registered or given_away or (owner is not None and not found.private):
         return Identity(account.pw_uid, account.pw_gid, private=False)
     return None
 
@@ -124,7 +123,7 @@ class Outside:
         for path, place in ((settings.spool, layout.SPOOL), (settings.state, layout.STATE)):
             if self.repair and not os.path.lexists(path):
                 provision.make_top(path, place, self.who)
-                self.found.mended.append(f"{path}: made")
+                self.found.mended.append(f"{path}: did not exist")
         with self._opened(None, settings.state, settings.state, layout.STATE):
             pass
         with self._opened(None, settings.spool, settings.spool, layout.SPOOL) as top:
@@ -134,10 +133,10 @@ class Outside:
                 for name in layout.QUEUES:
                     with self._opened(top, name, f"{settings.spool}/{name}", layout.DIRECTORIES[name]):
                         pass
-                place = layout.DIRECTORIES["wake"]
+                places = layout.DIRECTORIES
                 with (
-                    self._opened(top, "vhosts", f"{settings.spool}/vhosts", place, listed=True) as vhosts,
-                    self._opened(top, "wake", f"{settings.spool}/wake", place, listed=True) as wake,
+                    self._opened(top, "vhosts", f"{settings.spool}/vhosts", places["vhosts"], listed=True) as vhosts,
+                    self._opened(top, "wake", f"{settings.spool}/wake", places["wake"], listed=True) as wake,
                 ):
                     return self._maildrops(vhosts, wake) if vhosts >= 0 and wake >= 0 else None
 
@@ -168,7 +167,12 @@ class Outside:
     def _maildrop(self, vhosts: int, name: str) -> Gate | None:
         """Judge the directories of NAME; the gate that it is to have, None where that is not known."""
         path, shared = layout.maildrop(self.settings.spool, name), name == layout.UNREGISTERED
-        gate = ALL if shared else self._gate(name, os.stat(name, dir_fd=vhosts, follow_symlinks=False).st_gid)
+        try:
+            group = os.stat(name, dir_fd=vhosts, follow_symlinks=False).st_gid
+        except FileNotFoundError:
+            # It has been removed in this moment.
+            return None
+        gate = ALL if shared else self._gate(name, group)
         place = layout.UNREGISTERED_GATE if shared else layout.VHOST_DIRECTORIES[""]
         with self._opened(vhosts, name, path, place, gate) as top:
             for part in ("tmp", "new") if top >= 0 else ():
@@ -195,7 +199,8 @@ class Outside:
     def _without_maildrop(self, name: str) -> None:
         """Make the maildrop of NAME, which has users, or say that it is missing."""
         file, path = config.vhost_file(self.settings.file, name), layout.maildrop(self.settings.spool, name)
-        for other in self.settings.registered:
+        # One link is the rule, and saves comparing all with all.
+        for other in self.settings.registered if os.stat(file).st_nlink > 1 else ():
             if other != name and os.path.samefile(config.vhost_file(self.settings.file, other), file):
                 self.found.problems.append(f"{file}: left by a rename from or to {other} that was interrupted; remove it")
                 return
@@ -206,8 +211,11 @@ class Outside:
         if gate is not None:
             bell = os.urandom(16).hex()
             text = policy.render(self.settings, name, bell, self.settings.vhost(name).max_message_size)
-            self.spool.rename_maildrop(self.spool.make_maildrop(name, gate, bell, text), name)
-            self.found.mended.append(f"{path}: made")
+            try:
+                self.spool.rename_maildrop(self.spool.make_maildrop(name, gate, bell, text), name)
+                self.found.mended.append(f"{path}: did not exist")
+            except OSError as error:
+                self.found.problems.append(f"{path}: does not exist, and cannot be made: {error.strerror or error}")
 
     def _bells(self, names: list[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
         """The bells that the policies name, and what was found of these; for the releaser's user, whose they are."""
@@ -219,7 +227,9 @@ class Outside:
                     found.problems.append(f"{path}: is no regular file; {AWAY}")
                     continue
             except FileNotFoundError:
-                pass
+                if not os.path.isdir(os.path.dirname(path)):
+                    # The vhost has been removed in this moment.
+                    continue
             except OSError:
                 # The directory cannot be entered, which is said.
                 continue
@@ -271,9 +281,16 @@ class Outside:
             if not self.repair or parent is None or gate is None:
                 self.found.problems.append(f"{path}: does not exist; {REPAIR}")
                 return -1
-            (self.spool.make_bell if bell else self.spool.make_directory)(parent, name, place, gate)
-            self.found.mended.append(f"{path}: made")
-            fd = os.open(name, provision.LOOK, dir_fd=parent)
+            try:
+                (self.spool.make_bell if bell else self.spool.make_directory)(parent, name, place, gate)
+                fd = os.open(name, provision.LOOK, dir_fd=parent)
+            except OSError as error:
+                self.found.problems.append(f"{path}: does not exist, and cannot be made: {error.strerror}")
+                return -1
+            self.found.mended.append(f"{path}: did not exist")
+        except OSError as error:
+            self.found.problems.append(f"{path}: {error.strerror}")
+            return -1
         mode = os.fstat(fd).st_mode
         if not (stat.S_ISFIFO(mode) if bell else stat.S_ISDIR(mode)):
             self.found.problems.append(f"{path}: is no {'FIFO' if bell else 'directory'}; {AWAY}")
@@ -364,17 +381,18 @@ class Inside:
             if not self.repair:
                 self.found.problems.append(f"{path}: does not exist; {REPAIR}")
                 return None
-            Ledger(self.settings.state, create=True).close()
-            self.found.mended.append(f"ledger made: {path}")
-            status = os.lstat(path)
+            status = None
         except OSError:
             # What is wrong with STATE is said.
             return None
-        if not stat.S_ISREG(status.st_mode):
+        if status is not None and not stat.S_ISREG(status.st_mode):
             self._unusable("is no regular file")
-        elif status.st_uid == self.who.uid:
+        elif status is None or status.st_uid == self.who.uid:
             try:
-                return Ledger(self.settings.state)
+                book = Ledger(self.settings.state, create=status is None)
+                if status is None:
+                    self.found.mended.append(f"ledger made: {path}")
+                return book
             except LedgerError as error:
                 if type(error.__context__) is sqlite3.DatabaseError:
                     self._unusable(str(error.__context__))
