@@ -37,8 +37,8 @@ def of(spool: str, state: str) -> Identity:
 
     Raises NotOurs, also where someone else could put other directories in their place.
     """
-    _check_way(spool)
-    _check_way(state)
+    check_way(spool)
+    check_way(state)
     owner, root = _owner(state), _owner(spool)
     try:
         account = pwd.getpwnam(USER)
@@ -148,7 +148,7 @@ def _owner(directory: str) -> int | None:
         raise NotOurs(f"{directory}: {error.strerror}") from None
 
 
-def _check_way(directory: str) -> None:
+def check_way(directory: str) -> None:
     """Root follows no path to DIRECTORY that someone else can change; another uid can only harm itself."""
     if os.geteuid() != 0:
         return

@@ -88,12 +88,17 @@ def _shared(settings: config.Config) -> Identity | None:
         return None
     if os.geteuid() not in (0, account.pw_uid):
         return None
-    # Raises NotOurs, where someone else could put another directory in the place of it.
-    found = identity.of(settings.spool, settings.state)
+    for directory in (settings.spool, settings.state):
+        identity.check_way(directory)
+    try:
+        private = identity.of(settings.spool, settings.state).private
+    except identity.NotOurs:
+        # What has been given away is looked at here.
+        private = True
     owner, inner = _owner(settings.spool), _owner(f"{settings.spool}/active")
     given_away = inner == account.pw_uid and owner != account.pw_uid
     # Where nothing is made yet, there is nothing to look at.
-    if settings.registered or given_away or (owner is not None and not found.private):
+    if settings.registered or given_away or (owner is not None and not private):
         return Identity(account.pw_uid, account.pw_gid, private=False)
     return None
 
