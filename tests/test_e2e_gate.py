@@ -215,6 +215,23 @@ def test_many_names_over_the_limit_do_not_spoil_the_shared_policy() -> None:
         assert len(system.mail()) == 2
 
 
+def test_made_up_names_are_no_more_than_some_incidents() -> None:
+    """A uid that makes up a name for each message, each too large for any limit, does not fill the error log."""
+    with System(default=["1/1h"]) as system:
+        system.cli("vhost", "add", "--unregistered")
+        with system.running():
+            names = [f"n{number:03}.example" for number in range(120)]
+            many = MANY_BY_HAND.replace("Recipient: one@x.example", "Recipient: one@x.example\\nRecipient: two@x.example")
+            assert many != MANY_BY_HAND
+            system.python(many, system.spool / "vhosts" / UNREGISTERED, user=SHARED, input="\n".join(names))
+            system.submit(NOBODY_S, STRANGER)
+            system.wait(lambda: len(system.held()) == len(names), "all of them are held")
+            incidents = [incident["vhost"] for incident in system.json("status")["incidents"]]
+        assert len(incidents) == 51 and UNREGISTERED in incidents
+        assert system.log().count("exceeded limit") == 51
+        assert len(system.mail()) == 1
+
+
 def test_nobody_sees_or_moves_another_customers_mail() -> None:
     """c2 and www-data can list nothing, read nothing but the policy of what is open to them, and move nothing."""
     with Sink(["-r", "DATA"]) as sink, System(mta=smtp(sink.port), default=["0/1h"]) as system:

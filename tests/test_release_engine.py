@@ -1097,3 +1097,20 @@ def test_maildrop_that_is_away_for_a_scan_keeps_its_open_message(
         work(engine, lambda: len(server.copies) == len(MANY), "all recipients have it")
         settle(engine)
     assert [message.recipients for message in server.messages] == [MANY[:100], MANY[100:]]
+
+
+def test_stop_keeps_counted_what_was_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
+    """The MTA goes away behind the first batch, and the vhost is stopped: the rest is held, and nothing is given back."""
+    monkeypatch.setattr(handover, "MTA_BACKOFF", (0.2, 0.2))
+    server.answer = lambda command: b"421 closing" if command.startswith(b"MAIL") and server.messages else YES
+    site = Site(tmp_path, server.url, "150/1h")
+    site.put(to=MANY)
+    with site.started() as engine:
+        work(engine, lambda: server.count(b"MAIL") > 1 and not engine._handover.in_flight, "the MTA is away")
+        assert site.ledger.stop(A, "root", "broken into")
+        server.answer = lambda _: YES
+        work(engine, lambda: site.states() == ["held"], "the rest is held")
+        assert (used(engine), used_by_the_ledger(engine)) == (len(MANY), len(MANY))
+        (row,) = site.ledger.rows("state = 'held'")
+        assert row.remaining == MANY[100:]
+    assert [message.recipients for message in server.messages] == [MANY[:100]]
