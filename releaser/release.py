@@ -67,7 +67,7 @@ class Releaser:
         self._decisions_wait = True
         self._drops.scan()
         self._carry_over()
-        if layout.UNREGISTERED not in self._drops:
+        if layout.UNREGISTERED not in self._drops and not self._drops.frozen:
             batch = Batch(self._ledger)
             self._incidents.close([vhost for vhost in self._incidents.vhosts if vhost not in self._drops], batch)
             batch.commit()
