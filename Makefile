@@ -80,7 +80,7 @@ run: .venv/runtime
 
 test: .venv/development
 	@bash tests/packages.sh
-	$(BIN)/python -m pytest
+	@sh tests/mounts.sh $(BIN)/python -m pytest
 
 # Without servers: no root, no Debian packages.
 test-quick: .venv/development

@@ -63,7 +63,9 @@ class CleanRoot:
 
     def words(self, *command: str) -> list[str]:
         """The command line that runs a command in there."""
-        enter = [f"--{name}=/proc/{self._init}/ns/{file}" for name, file in (("mount", "mnt"), ("pid", "pid"))]
+        enter = [
+            f"--{name}=/proc/{self._init}/{file}" for name, file in (("mount", "ns/mnt"), ("pid", "ns/pid"), ("root", "root"))
+        ]
         return ["nsenter", *enter, "--", "chroot", f"{self._directory}/root", *command]
 
     def run(self, *command: str, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:

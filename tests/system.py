@@ -111,7 +111,10 @@ class System(Host):
 
     def words(self, command: Sequence[str | Path], user: str = "root", cwd: str | Path = "/") -> list[str]:
         """The command line that runs a command in there as a user with his groups; a number is a uid without account."""
-        enter = ["nsenter", f"--mount=/proc/{self._init}/ns/mnt", f"--pid=/proc/{self._init}/ns/pid", "--", "env", "-C", str(cwd)]
+        namespaces = [
+            f"--{name}=/proc/{self._init}/{file}" for name, file in (("mount", "ns/mnt"), ("pid", "ns/pid"), ("root", "root"))
+        ]
+        enter = ["nsenter", *namespaces, "--", "env", "-C", str(cwd)]
         if user.isdigit():
             become = ["setpriv", "--reuid", user, "--regid", user, "--clear-groups", "--"]
         else:

@@ -267,6 +267,15 @@ def test_warnings(system: System) -> None:
             assert any(words in each for each in said["warnings"]), (words, said)
 
 
+def test_spool_that_is_no_mount_is_said(system: System) -> None:
+    """On a file system that it shares, a customer could rename another's file into a maildrop, and be that other."""
+    words = "no mount of its own"
+    assert not any(words in each for each in found(system)["warnings"])
+    with System(spool_is_there=False) as shared:
+        shared.register(C1, "c1")
+        assert any(each.startswith(f"{shared.spool}: {words}") for each in found(shared)["warnings"])
+
+
 def test_repair_rings(system: System) -> None:
     """The releaser looks at once: the bells may be new ones."""
     control = system.spool / "wake/control"

@@ -3,6 +3,7 @@
 import logging
 import os
 import pwd
+import re
 import socket
 import sqlite3
 import stat
@@ -466,6 +467,11 @@ class Inside:
             warnings.append("the releaser is not running: mail waits in the maildrops")
         if names == []:
             warnings.append("no vhosts; run: secure-sendmail vhost add VHOST")
+        if not self.who.private and not _is_mount(settings.spool):
+            warnings.append(
+                f"{settings.spool}: no mount of its own: whoever can move a file of another user into a maildrop has it sent as "
+                "that user's; bind it to itself, nosuid,nodev,noexec, as the installation's mount unit does"
+            )
         scheme, _, rest = settings.mta_url.partition(":")
         if scheme == "smtp":
             _smtp(settings.mta_url, rest.removeprefix("//"), warnings)
@@ -481,6 +487,14 @@ class Inside:
             problem = errorlog.problem(path, (settings.spool, settings.state))
             if problem is not None:
                 warnings.append(f"{problem}; warnings do not reach it")
+
+
+def _is_mount(path: str) -> bool:
+    """Whether PATH is a mount point, also one of a directory on itself, which os.path.ismount() does not see."""
+    # Its fifth word is the mount point, with white space in octal: proc(5).
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as stream:
+        points = {line.split(" ")[4] for line in stream}
+    return re.sub(r"[\s\\]", lambda match: f"\\{ord(match[0]):03o}", os.path.realpath(path)) in points
 
 
 def _names(directory: int) -> set[str]:
