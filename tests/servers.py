@@ -337,14 +337,17 @@ class Exim:
         for name, rest in (("passwd", f"{EXIM_UID}::/:/bin/false"), ("group", "")):
             accounts = Path("/etc", name).read_text() + f"{EXIM_USER}:x:{EXIM_UID}:{rest}\n"
             (self.directory / name).write_text(accounts)
+        # It runs itself again as its user, who may not come into the directory of the cache.
+        self._program = self.directory / "exim"
+        shutil.copy(EXIM, self._program)
         size = str(message_size_limit)
-        configuration = EXIM_CONF.format(program=EXIM, directory=self.directory, size=size, host=HOST, port=relay_port)
+        configuration = EXIM_CONF.format(program=self._program, directory=self.directory, size=size, host=HOST, port=relay_port)
         (self.directory / "exim.conf").write_text(configuration)
 
     def sendmail(self) -> Path:
         """Exim's sendmail command. The files of the accounts are its own in a mount namespace that ends with it."""
         mounts = " && ".join(f"mount --bind {self.directory}/{name} /etc/{name}" for name in ("passwd", "group"))
-        inner = f'{mounts} && exec {EXIM} -C {self.directory}/exim.conf "$@"'
+        inner = f'{mounts} && exec {self._program} -C {self.directory}/exim.conf "$@"'
         return _script(self.directory / "sendmail", f"exec unshare -m /bin/sh -c '{inner}' sendmail \"$@\"\n")
 
     def log(self) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from host import BIN, COMMAND, ENQUEUE, PATIENCE, Host, subject, text
+from host import PATIENCE, ROOT, Host, subject, text
 from servers import LIBRARIES, POSTFIX, SETGID_GROUP, Exim, Postfix, Sink
 
 pytestmark = pytest.mark.server
@@ -170,7 +170,13 @@ IMPATIENT = "from releaser import daemon, mta; mta.SENDMAIL_TIMEOUT = 3; daemon.
 def test_sendmail_set_gid(sink: Sink) -> None:
     """Without new privileges postdrop cannot store the mail, which waits; with them, as the drop-in allows, it goes out."""
     with SetgidPostfix(sink) as mta, Host(mta=f"sendmail:{mta.sendmail}") as host:
-        # USER has this installation to itself.
+        # USER has this installation to itself, and may not come into the directory of the repository.
+        library = host.directory / "lib"
+        for package in ("enqueue", "releaser"):
+            shutil.copytree(ROOT / package, library / package, ignore=shutil.ignore_patterns("__pycache__"))
+        python = ("env", f"PYTHONPATH={library}", "/usr/bin/python3")
+        command = (*python, "-m", "releaser.cli.main", "--config", host.config)
+        enqueue = (*python, "-c", "from enqueue.main import main; main()", "--spool", host.spool)
         for path in (host.directory, host.config.parent, host.config):
             shutil.chown(path, USER)
 
@@ -182,7 +188,7 @@ def test_sendmail_set_gid(sink: Sink) -> None:
 
         @contextmanager
         def releaser(no_new_privs: bool) -> Iterator[None]:
-            words = (BIN / "python", "-c", IMPATIENT, "--config", host.config)
+            words = (*python, "-c", IMPATIENT, "--config", host.config)
             with (host.directory / "releaser.log").open("ab") as log:
                 process = subprocess.Popen(mta.command(*words, no_new_privs=no_new_privs), stdout=log, stderr=log)
             try:
@@ -194,10 +200,10 @@ def test_sendmail_set_gid(sink: Sink) -> None:
                 process.wait()
 
         def rows(event: str) -> list[dict[str, Any]]:
-            return list(json.loads(run(COMMAND, "--config", host.config, "log", "--event", event, "--json")))
+            return list(json.loads(run(*command, "log", "--event", event, "--json")))
 
-        run(COMMAND, "--config", host.config, "vhost", "add", VHOST)
-        run(ENQUEUE, "--spool", host.spool, VHOST, input=text("one@x.example", subject="set-gid").decode())
+        run(*command, "vhost", "add", VHOST)
+        run(*enqueue, VHOST, input=text("one@x.example", subject="set-gid").decode())
         with releaser(no_new_privs=True):
             host.wait(lambda: rows("deferred"), "it is deferred")
         (row,) = rows("deferred")
