@@ -25,7 +25,7 @@ from enqueue import address, message, options
 from enqueue.failure import DATAERR, IOERR, USAGE, Failure
 from enqueue.maildrop import Maildrop
 
-LAYOUT = b"1"
+LAYOUT = b"2"
 READ_SIZE = 1 << 16
 MAX_RECIPIENTS = 10_000
 
@@ -66,7 +66,7 @@ def enqueue(argv: list[str]) -> None:
     now = time.time()
     name = f"{int(now)}.{int(now % 1 * 1e6):06d}.P{os.getpid()}.{os.urandom(12).hex()}"
     message_id = mail.first(b"message-id") or f"<{name}@{call.vhost}>".encode()
-    head = envelope(call.vhost, sender, recipients, now, message_id, mail.first(b"x-php-originating-script"))
+    head = envelope(call, sender, recipients, now, message_id, mail.first(b"x-php-originating-script"))
     policy.tag[0] = (policy.tag[0][0], call.vhost.encode())
     missing = [
         (b"Date", time.strftime("%a, %d %b %Y %H:%M:%S +0000", time.gmtime(now)).encode()),
@@ -79,13 +79,15 @@ def enqueue(argv: list[str]) -> None:
     if warning:
         # Accepted all the same. mod_php passes it on to Apache's error log.
         _write_error(_printable(warning.decode("utf-8", "replace")) + b"\n")
+    for flag in call.suspect:
+        _to_syslog(f"vhost {call.vhost}, uid {os.getuid()}: option -{flag} names a file for the MTA; ignored".encode())
 
 
 def envelope(
-    vhost: str, sender: bytes | None, recipients: list[bytes], now: float, message_id: bytes, script: bytes | None
+    call: options.Call, sender: bytes | None, recipients: list[bytes], now: float, message_id: bytes, script: bytes | None
 ) -> bytes:
     """The envelope lines of spool_layout.md, with the empty line that ends them."""
-    lines = [b"Layout: " + LAYOUT, b"Vhost: " + vhost.encode()]
+    lines = [b"Layout: " + LAYOUT, b"Vhost: " + call.vhost.encode()]
     if sender is not None:
         lines.append(b"Sender: " + sender)
     lines += [b"Recipient: " + recipient for recipient in recipients]
@@ -96,6 +98,9 @@ def envelope(
         (b"Cwd: ", _directory()),
         (b"Program: ", _parent()),
         (b"Script: ", script or b""),
+        # Of a CGI program's environment; mod_php and php-fpm keep it to themselves.
+        (b"Script-Filename: ", os.environb.get(b"SCRIPT_FILENAME", b"")),
+        (b"Notify: ", call.notify.encode()),
         (b"Message-Id: ", message_id),
     ]
     lines += [key + _one_line(value) for key, value in claims if value]
@@ -130,10 +135,10 @@ def _sender(word: str | None) -> bytes | None:
 
 def _from(full_name: str, sender: bytes) -> bytes:
     """The value of a From: field for a message that has none."""
-    name = os.fsencode(full_name)
+    name = "".join(c for c in os.fsencode(full_name).decode("utf-8", "replace") if c.isprintable()).encode()
     if not name:
         return sender
-    if name.isascii() and name.decode().isprintable():
+    if name.isascii():
         return b'"' + name.replace(b"\\", b"\\\\").replace(b'"', b'\\"') + b'" <' + sender + b">"
     # RFC 2047: an encoded word has at most 75 characters, so at most 45 bytes of text here.
     import binascii
@@ -160,8 +165,18 @@ def _directory() -> bytes:
 
 
 def _parent() -> bytes:
+    process = f"/proc/{os.getppid()}".encode()
     try:
-        return os.readlink(f"/proc/{os.getppid()}/exe".encode())
+        return os.readlink(process + b"/exe")
+    except OSError:
+        pass
+    try:
+        # A server that was root has let only its name be read.
+        fd = os.open(process + b"/comm", os.O_RDONLY)
+        try:
+            return os.read(fd, 100).strip()
+        finally:
+            os.close(fd)
     except OSError:
         return b""
 
@@ -193,6 +208,10 @@ def _complain(sentence: str) -> None:
     """One line on standard error, and to syslog, since php-fpm throws standard error away."""
     text = _printable(sentence)
     _write_error(b"secure-sendmail-enqueue: " + text + b"\n")
+    _to_syslog(text)
+
+
+def _to_syslog(text: bytes) -> None:
     try:
         import socket
 

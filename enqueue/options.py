@@ -6,10 +6,15 @@ from enqueue.failure import USAGE, Failure
 
 DEFAULT_SPOOL = "/var/spool/php-secure-sendmail"
 
-# Flags that take a value, joined or as the next word. Apart from F, f and r the value is skipped and never looked
+# Flags that take a value, joined or as the next word. Apart from F, f, N and r the value is skipped and never looked
 # at: no option opens a path or reaches another command.
 WITH_VALUE = frozenset("ABCFLNORVXdefhopr")
 IGNORED = frozenset("GUcimntvx")
+# Flags that name a file for the MTA, which nobody but an attacker gives here.
+SUSPECT = "CX"
+
+# What -N can ask for. Not "success": the MTA would send a mail for each that is delivered, which nobody counts.
+NOTIFY = ("never", "failure", "delay")
 
 LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789")
 
@@ -23,6 +28,10 @@ class Call:
         # None where neither SENDER nor -f nor -r was given.
         self.sender: str | None = None
         self.full_name = ""
+        # What -N asks for, as RFC 3461 section 4.1 spells it; empty: the MTA's default.
+        self.notify = ""
+        # The options given that are of SUSPECT.
+        self.suspect = ""
         self.from_header = False
         self.recipients: list[str] = []
 
@@ -107,6 +116,10 @@ def _flags(call: Call, word: str, words: list[str]) -> None:
                 call.sender = value
             elif flag == "F":
                 call.full_name = value
+            elif flag == "N":
+                call.notify = _notify(value)
+            elif flag in SUSPECT:
+                call.suspect += flag
             return
         elif flag == "b":
             _mode(word[position:] or (words.pop(0) if words else ""))
@@ -115,6 +128,14 @@ def _flags(call: Call, word: str, words: list[str]) -> None:
             raise Failure(USAGE, f"-{flag} is not offered: this command only accepts mail; use the MTA's own command")
         elif flag not in IGNORED:
             raise Failure(USAGE, f"unknown option {'-' + flag!r}")
+
+
+def _notify(value: str) -> str:
+    """What is asked for, without "success"; empty where VALUE is no such list, as Postfix passes over it."""
+    words = {word.strip() for word in value.lower().split(",")}
+    if not words <= {*NOTIFY, "success"} or ("never" in words and len(words) > 1):
+        return ""
+    return ",".join(word for word in NOTIFY if word in words)
 
 
 def _mode(mode: str) -> None:

@@ -94,6 +94,12 @@ def _address(value: object) -> str:
     return str(value)
 
 
+def _domains(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) and layout.is_vhost(item) for item in value):
+        raise ValueError(f'{value!r} is not a list of domains in lower case such as ["example.com"], xn-- for international ones')
+    return tuple(value)
+
+
 def users(value: object) -> tuple[str, ...]:
     """The names in a list of users, each once. Raises ValueError."""
     if not isinstance(value, list) or not value or not all(isinstance(item, str) and _is_user(item) for item in value):
@@ -140,7 +146,7 @@ class Key:
 
 _COUNT = _one_of(("recipients", "messages"))
 _OVER_LIMIT = _one_of(("hold", "observe"), later=("pace", "reject"))
-_SENDER_POLICY = _one_of(("allow",), later=("force", "own-domains"))
+_SENDER_POLICY = _one_of(("allow", "force", "own-domains"))
 
 SECTIONS: dict[str, dict[str, Key]] = {
     "": {
@@ -186,6 +192,7 @@ VHOST_KEYS = {
     "max_message_size": Key(size, ("limits", "max_message_size")),
     "sender": Key(_address, None),
     "sender_policy": Key(_SENDER_POLICY, None),
+    "sender_domains": Key(_domains, None),
     "error_log": Key(_file, None),
     # In vhosts.d/V.toml alone.
     "users": Key(users, None),
@@ -205,9 +212,25 @@ class VhostSettings:
     over_limit: str
     max_message_size: int
     sender: str | None
+    sender_policy: str | None
+    sender_domains: tuple[str, ...] | None
     error_log: str | None
     # Who may submit; None: nobody but in private mode.
     users: tuple[str, ...] | None
+
+    def envelope_sender(self, vhost: str, given: str | None, login: Callable[[], str]) -> str:
+        """The sender for a message of VHOST whose caller has GIVEN one, or None; LOGIN says it where nobody else does."""
+        if given is not None and self._may_send_as(vhost, given):
+            return given
+        return self.sender or login()
+
+    def _may_send_as(self, vhost: str, address: str) -> bool:
+        if self.sender_policy != "own-domains" or not address:
+            return self.sender_policy != "force"
+        domains = {vhost, vhost.removeprefix("www."), *(self.sender_domains or ())}
+        if self.sender:
+            domains.add(envelope.split(self.sender)[1].lower())
+        return envelope.split(address)[1].lower() in domains
 
     @property
     def longest(self) -> int:
@@ -298,7 +321,6 @@ class Config:
                 section, global_key = spec.default if isinstance(spec.default, tuple) else ("", "")
                 fallback = self._sections[section][global_key] if section else None
                 values[key] = next((source[key] for source in sources if key in source), fallback)
-            values.pop("sender_policy")
             settings = self._found[name] = VhostSettings(**values)
         return settings
 

@@ -12,7 +12,10 @@ MAX_ENVELOPE = 4 << 20
 MAX_CLAIM = 1000
 
 # Lines that enqueue writes, and lines that only the releaser writes; each once, but for Recipient and Failed.
-SUBMITTED = ("Layout", "Vhost", "Sender", "Recipient", "Arrived", "Uid", "Cwd", "Program", "Script", "Message-Id")
+SUBMITTED = (
+    "Layout", "Vhost", "Sender", "Recipient", "Arrived", "Uid", "Cwd", "Program", "Script", "Script-Filename", "Notify",
+    "Message-Id",
+)  # fmt: skip
 VERIFIED = ("Queue-Id", "Source", "Owner", "Picked-Up", "Held", "Reason", "Verified", "Failed")
 MANY = ("Recipient", "Failed")
 
@@ -24,6 +27,8 @@ _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
 _DOMAIN = rf"(?:{_LABEL}(?:\.{_LABEL})*|\[[0-9A-Za-z:.]+\])"
 _VERSION = re.compile(r"Layout: ([1-9][0-9]{0,5})\Z")
 _ADDRESS = re.compile(rf"{_LOCAL}(?:@{_DOMAIN})?\Z")
+# RFC 3461 section 4.1, but for "success".
+_NOTIFY = re.compile(r"(?:never|failure|delay|failure,delay)\Z")
 
 
 class NoLayout(ValueError):
@@ -49,7 +54,11 @@ class Envelope:
     uid: str = ""
     cwd: str = ""
     program: str = ""
+    # PHP's own header, and the variable of a CGI program's environment.
     script: str = ""
+    script_filename: str = ""
+    # Of what the MTA shall tell the sender; empty: as it does without being asked.
+    notify: str = ""
     message_id: str = ""
     # Verified: written by the releaser alone.
     queue_id: str = ""
@@ -61,6 +70,13 @@ class Envelope:
     # "no" where the vhost is only claimed.
     verified: str = ""
     failed: tuple[str, ...] = field(default=())
+
+    @property
+    def origin(self) -> str:
+        """The script as well as it is known: the page that was called, and the file that PHP names, or else the program."""
+        if self.script_filename and self.script:
+            return f"{self.script_filename} ({self.script})"[:MAX_CLAIM]
+        return self.script_filename or self.script or self.program
 
     def with_(self, **changes: object) -> "Envelope":
         return replace(self, **changes)  # type: ignore[arg-type]
@@ -114,6 +130,8 @@ def parse(text: bytes, verified: bool) -> Envelope:
         raise NoLayout("no valid vhost in the envelope")
     if not 0 < len(recipients) <= MAX_RECIPIENTS:
         raise NoLayout(f"{len(recipients)} recipients in the envelope, between 1 and {MAX_RECIPIENTS} are allowed")
+    if "notify" in single and not _NOTIFY.match(single["notify"]):
+        raise NoLayout("the envelope line Notify is none of never, failure, delay")
     for address in recipients + ([sender] if sender else []):
         if not is_address(address):
             raise NoLayout("an address in the envelope that no MTA takes")

@@ -32,6 +32,8 @@ class Flight:
     """A message with the senders."""
 
     row: Row
+    # The envelope that came with it, for what the ledger does not have.
+    head: envelope.Envelope
     message: Callable[[], BinaryIO]
     ascii_only: bool
     # The file in new/ that it was read from, kept open until it is removed; None where it comes from active/.
@@ -161,7 +163,8 @@ class HandOver:
             self._hold(batch, row, stopped)
             return
         try:
-            with self.open(queue_id) as stream:
+            head, stream = mailqueue.read(layout.path(self._spool, "active", queue_id))
+            with stream:
                 ascii_only = all(chunk.isascii() for chunk in iter(partial(stream.read, pickup.CHUNK), b""))
         except FileNotFoundError:
             if row.decision == "release" and os.path.exists(layout.path(self._spool, "hold", queue_id)):
@@ -179,7 +182,7 @@ class HandOver:
             row.source = None
         again = bool(row.attempt_open)
         row.attempts += 1
-        self.begin(batch, Flight(row, partial(self.open, queue_id), ascii_only, again=again))
+        self.begin(batch, Flight(row, head, partial(self.open, queue_id), ascii_only, again=again))
 
     def stopped(self, row: Row) -> str | None:
         """Why ROW is to be held whatever its limits say: its vhost was stopped, or the maildrop that it came from."""
@@ -217,7 +220,9 @@ class HandOver:
     def _dispatch(self, flight: Flight) -> None:
         row = flight.row
         recipients = tuple(flight.untried[: mta.RECIPIENTS_PER_TRANSACTION])
-        self.senders.send(Job(row.queue_id, row.sender, recipients, flight.message, row.size, flight.ascii_only))
+        self.senders.send(
+            Job(row.queue_id, row.sender, recipients, flight.message, row.size, flight.ascii_only, flight.head.notify)
+        )
 
     def _unreachable(self, batch: Batch, flight: Flight, words: str) -> None:
         """Nothing was handed over in this attempt: the mail stays where it is, and all mail waits."""
@@ -322,13 +327,17 @@ class HandOver:
         batch.then(partial(mailqueue.remove, self._spool, "active", row.queue_id))
 
     def _copy(self, target: str, flight: Flight, recipients: list[str]) -> None:
-        row = flight.row
-        head = envelope.Envelope(
-            vhost=row.vhost, recipients=tuple(recipients), sender=row.sender, arrived=row.arrived_at, cwd=row.cwd,
-            script=row.script, message_id=row.message_id, queue_id=row.queue_id, source=row.source or "", owner=str(row.uid),
-            picked_up=row.picked_up_at, held=row.held_at or "", reason=row.reason, verified="" if row.verified else "no",
-            failed=tuple(f"{address} {words}" for address, words in row.refused),
-        )  # fmt: skip
+        head = verified(flight.head, flight.row, recipients)
         with flight.message() as stream:
             chunks = iter(partial(stream.read, pickup.CHUNK), b"")
-            mailqueue.store(self._spool, target, row.queue_id, head.format(), chunks)
+            mailqueue.store(self._spool, target, flight.row.queue_id, head.format(), chunks)
+
+
+def verified(head: envelope.Envelope, row: Row, recipients: list[str]) -> envelope.Envelope:
+    """HEAD with what the releaser knows of the message, for RECIPIENTS."""
+    return head.with_(
+        vhost=row.vhost, recipients=tuple(recipients), sender=row.sender, arrived=row.arrived_at, message_id=row.message_id,
+        queue_id=row.queue_id, source=row.source or "", owner=str(row.uid), picked_up=row.picked_up_at, held=row.held_at or "",
+        reason=row.reason, verified="" if row.verified else "no",
+        failed=tuple(f"{address} {words}" for address, words in row.refused),
+    )  # fmt: skip

@@ -6,7 +6,7 @@ import time
 from typing import NamedTuple
 
 # The layout that this program writes; it reads every one up to it.
-LAYOUT = 1
+LAYOUT = 2
 
 
 class Place(NamedTuple):

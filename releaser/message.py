@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 # More than enqueue takes, since it adds to the header what is missing and our tag.
 MAX_HEADER = 2 << 20
+# Postfix drops without a word what a field has beyond this many bytes (header_size_limit).
+MAX_FIELD = 102_400
 ALWAYS_DROPPED = frozenset((b"bcc", b"resent-bcc", b"return-path"))
 NAME_BYTES = bytes(n for n in range(33, 127) if n != 0x3A)
 # Bytes of a header that are decoded at most: decoding takes time that grows with the square of its length.
@@ -36,6 +38,11 @@ class Header:
             if field_name == name.encode():
                 return decoded(raw.partition(b":")[2])[:MAX_SHOWN]
         return ""
+
+    @property
+    def longest(self) -> int:
+        """The bytes of the longest field."""
+        return max((len(raw) for _, raw in self.fields), default=0)
 
     def tagged(self, tag: tuple[tuple[str, str], ...], message_id: str) -> bytes:
         """The header to send: TAG first and only ours; MESSAGE_ID where there is none; the empty line; the first body bytes."""

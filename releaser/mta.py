@@ -68,6 +68,8 @@ class Job:
     message: Callable[[], BinaryIO]
     size: int
     ascii_only: bool
+    # What the sender is to be told (RFC 3461 section 4.1); empty: what the MTA does without being asked.
+    notify: str = ""
 
 
 class Unreachable(Exception):
@@ -128,7 +130,7 @@ class SmtpSession:
         """The reply to MAIL. A session that the server has closed meanwhile is opened again, once."""
         if self._smtp is not None:
             try:
-                code, words = self._command(self._smtp, self._mail_command(self._smtp, job))
+                code, words = self._sender(self._smtp, job)
                 if code != 421:
                     return self._smtp, code, words
             except (smtplib.SMTPException, OSError):
@@ -136,7 +138,7 @@ class SmtpSession:
             self.close()
         try:
             smtp = self._connect()
-            code, words = self._command(smtp, self._mail_command(smtp, job))
+            code, words = self._sender(smtp, job)
         except Unreachable:
             self.close()
             raise
@@ -168,7 +170,9 @@ class SmtpSession:
         self._sent = 0
         return smtp
 
-    def _mail_command(self, smtp: smtplib.SMTP, job: Job) -> str:
+    def _sender(self, smtp: smtplib.SMTP, job: Job) -> tuple[int, str]:
+        if not job.sender.isascii() and not smtp.has_extn("smtputf8"):
+            return 553, "the MTA does not offer SMTPUTF8, which the sender's address needs"
         words = [f"MAIL FROM:<{job.sender}>"]
         if smtp.has_extn("size"):
             words.append(f"SIZE={job.size}")
@@ -176,12 +180,12 @@ class SmtpSession:
             words.append("BODY=8BITMIME")
         if not all(address.isascii() for address in (job.sender, *job.recipients)) and smtp.has_extn("smtputf8"):
             words.append("SMTPUTF8")
-        return " ".join(words)
+        return self._command(smtp, " ".join(words))
 
     def _transaction(self, smtp: smtplib.SMTP, job: Job, outcomes: dict[str, Outcome]) -> None:
         accepted = []
         for recipient in job.recipients:
-            code, words = self._recipient(smtp, recipient)
+            code, words = self._recipient(smtp, recipient, job.notify)
             if code // 100 == 2:
                 accepted.append(recipient)
             else:
@@ -200,10 +204,11 @@ class SmtpSession:
             words = _reply(code, reply)
         _all(accepted, code, words, outcomes)
 
-    def _recipient(self, smtp: smtplib.SMTP, recipient: str) -> tuple[int, str]:
+    def _recipient(self, smtp: smtplib.SMTP, recipient: str, notify: str) -> tuple[int, str]:
         if not recipient.isascii() and not smtp.has_extn("smtputf8"):
             return 553, "the MTA does not offer SMTPUTF8, which this address needs"
-        return self._command(smtp, f"RCPT TO:<{recipient}>")
+        option = f" NOTIFY={notify}" if notify and smtp.has_extn("dsn") else ""
+        return self._command(smtp, f"RCPT TO:<{recipient}>{option}")
 
     def _command(self, smtp: smtplib.SMTP, line: str) -> tuple[int, str]:
         code, reply = smtp.docmd(line)

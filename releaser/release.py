@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from releaser import envelope, identity, layout, ledger, limits, maillog, mailqueue, pickup, policy, startup, usage
+from releaser import envelope, identity, layout, ledger, limits, maillog, mailqueue, message, pickup, policy, startup, usage
 from releaser.batch import Batch
 from releaser.config import Config, VhostSettings
-from releaser.handover import Flight, HandOver
+from releaser.handover import Flight, HandOver, verified
 from releaser.incidents import Incidents
 from releaser.ledger import ACTIVE, HELD, TRASHED, Ledger, Row
 from releaser.maildrops import Maildrops
@@ -250,6 +250,11 @@ class Releaser:
             return reason, None
         if row.size > self._max_size(row.vhost):
             return f"larger than {self._max_size(row.vhost)} bytes", None
+        if submitted.header.longest > message.MAX_FIELD:
+            return (
+                f"a header field of {submitted.header.longest} bytes: of more than {message.MAX_FIELD} the MTA may drop a part",
+                None,
+            )
         if not all(envelope.one_mailbox(recipient) for recipient in row.remaining):
             return "ambiguous recipient: without a domain, or with % or !, the MTA may take it for many", None
         for account in self._accounts_of(row):
@@ -292,9 +297,7 @@ class Releaser:
         queue_id = layout.new_queue_id()
         # In the shared maildrop the claim is all there is.
         vhost = found.vhost if submitted.maildrop == layout.UNREGISTERED else submitted.maildrop
-        sender = found.sender
-        if sender is None:
-            sender = self.config.vhost(vhost).sender or _login(status.st_uid)
+        sender = self.config.vhost(vhost).envelope_sender(vhost, found.sender, partial(_login, status.st_uid))
         # A recipient named twice is one; enqueue has seen to that, but who writes into new/ need not.
         recipients = list({_comparable(address): address for address in found.recipients}.values())
         return Row(
@@ -314,7 +317,7 @@ class Releaser:
             verified=int(vhost == submitted.maildrop and status.st_uid in self._uids(vhost)),
             message_id=submitted.header.text("message-id") or f"<{queue_id}@{vhost}>",
             subject=submitted.header.text("subject"),
-            script=found.script,
+            script=found.origin,
             cwd=found.cwd,
             reason="",
             refused=[],
@@ -365,19 +368,16 @@ class Releaser:
         if submitted.small:
             data = b"".join(self._chunks(submitted, row))
             row.size, row.digest = len(data), submitted.digest()
-            flight = Flight(row, partial(io.BytesIO, data), data.isascii(), submitted, again)
+            flight = Flight(row, submitted.envelope, partial(io.BytesIO, data), data.isascii(), submitted, again)
         else:
             ascii_only = self._store(row, submitted, "active")
-            flight = Flight(row, partial(self._handover.open, row.queue_id), ascii_only, submitted, again)
+            message = partial(self._handover.open, row.queue_id)
+            flight = Flight(row, submitted.envelope, message, ascii_only, submitted, again)
         self._handover.begin(batch, flight)
 
     def _store(self, row: Row, submitted: pickup.Submitted, target: str) -> bool:
         """Copy the message into our directory TARGET; return whether it is all ASCII."""
-        head = submitted.envelope.with_(
-            vhost=row.vhost, sender=row.sender, recipients=tuple(row.remaining), queue_id=row.queue_id,
-            source=row.source or "", owner=str(row.uid), picked_up=row.picked_up_at, held=row.held_at or "",
-            reason=row.reason, message_id=row.message_id, verified="" if row.verified else "no",
-        )  # fmt: skip
+        head = verified(submitted.envelope, row, row.remaining)
         chunks = self._chunks(submitted, row)
         row.size, ascii_only = mailqueue.store(self._spool, target, row.queue_id, head.format(), chunks)
         row.digest = submitted.digest()

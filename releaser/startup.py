@@ -113,7 +113,7 @@ def _adopt_one(spool: str, book: Ledger, name: str, queue_id: str) -> None:
         recipients=len(found.recipients), remaining=list(found.recipients), sender=found.sender or "", size=size,
         arrived_at=found.arrived, picked_up_at=found.picked_up, held_at=found.held or utc(time.time()),
         uid=int(found.owner) if found.owner.isdecimal() else os.geteuid(), verified=int(found.verified != "no"),
-        message_id=found.message_id, subject=subject, script=found.script, cwd=found.cwd, refused=[],
+        message_id=found.message_id, subject=subject, script=found.origin, cwd=found.cwd, refused=[],
         reason=found.reason or "found without a record: it may have been sent already",
     )  # fmt: skip
     batch = Batch(book)

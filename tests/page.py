@@ -1,13 +1,14 @@
-"""Reading spool_layout.md, which is the oracle: expected values come from the page, never from either program."""
+"""Reading the pages, which are the oracle: expected values come from the page, never from either program."""
 
 import re
 from pathlib import Path
 
-PAGE = Path(__file__).parent.parent / "spool_layout.md"
+ROOT = Path(__file__).parent.parent
+LAYOUT, CALLING = ROOT / "spool_layout.md", ROOT / "calling.md"
 
 
-def text() -> str:
-    return PAGE.read_text()
+def text(path: Path = LAYOUT) -> str:
+    return path.read_text()
 
 
 def section(page: str, name: str) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import page
 import pytest
 
-from enqueue import failure
+from enqueue import failure, options
 from enqueue import main as writer
 from enqueue.maildrop import Policy
 from releaser import config, envelope, layout, policy
@@ -65,7 +65,10 @@ def envelope_keys(text: str, _tmp: Path) -> tuple[object, object]:
 
 
 def envelope_written(text: str, _tmp: Path) -> tuple[object, object]:
-    written = writer.envelope("a.example", b"s@x", [b"r@x"], 1.0, b"<1@x>", b"script").decode()
+    call = options.parse(["-N", "never", "a.example"])
+    os.environ["SCRIPT_FILENAME"] = "/page.php"
+    written = writer.envelope(call, b"s@x", [b"r@x"], 1.0, b"<1@x>", b"script").decode()
+    del os.environ["SCRIPT_FILENAME"]
     keys = [line.split(":")[0] for line in written.splitlines() if line]
     return [r[0] for r in page.table(text, "envelope") if r[1] == "enqueue"], keys
 

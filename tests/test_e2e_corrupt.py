@@ -59,17 +59,17 @@ ENVELOPES: dict[str, Callable[[bytes], bytes]] = {
     "no vhost": lambda content: content.replace(b"Vhost: www.a.example\n", b""),
     "two vhosts": lambda content: with_line(content, "Vhost: www.a.example"),
     "two senders": lambda content: with_line(with_line(content, "Sender: a@a.example"), "Sender: b@a.example"),
-    "layout twice": lambda content: with_line(content, "Layout: 1"),
+    "layout twice": lambda content: with_line(content, "Layout: 2"),
     "layout not first": lambda content: content.replace(
-        b"Layout: 1\nVhost: www.a.example\n", b"Vhost: www.a.example\nLayout: 1\n"
+        b"Layout: 2\nVhost: www.a.example\n", b"Vhost: www.a.example\nLayout: 2\n"
     ),
-    "layout odd": lambda content: content.replace(b"Layout: 1\n", b"Layout: one\n"),
-    "layout without space": lambda content: content.replace(b"Layout: 1\n", b"Layout:1\n"),
-    "layout with space": lambda content: content.replace(b"Layout: 1\n", b"Layout: 1 \n"),
-    "layout -1": lambda content: content.replace(b"Layout: 1\n", b"Layout: -1\n"),
-    "layout +1": lambda content: content.replace(b"Layout: 1\n", b"Layout: +1\n"),
-    "layout 1_1": lambda content: content.replace(b"Layout: 1\n", b"Layout: 1_1\n"),
-    "layout in other digits": lambda content: content.replace(b"Layout: 1\n", "Layout: ١\n".encode()),
+    "layout odd": lambda content: content.replace(b"Layout: 2\n", b"Layout: one\n"),
+    "layout without space": lambda content: content.replace(b"Layout: 2\n", b"Layout:1\n"),
+    "layout with space": lambda content: content.replace(b"Layout: 2\n", b"Layout: 1 \n"),
+    "layout -1": lambda content: content.replace(b"Layout: 2\n", b"Layout: -1\n"),
+    "layout +1": lambda content: content.replace(b"Layout: 2\n", b"Layout: +1\n"),
+    "layout 1_1": lambda content: content.replace(b"Layout: 2\n", b"Layout: 1_1\n"),
+    "layout in other digits": lambda content: content.replace(b"Layout: 2\n", "Layout: ١\n".encode()),
     "unknown key": lambda content: with_line(content, "Priority: high"),
     "no key": lambda content: with_line(content, "nonsense"),
     "control character": lambda content: with_line(content, "Script: a\x1bb"),
@@ -118,7 +118,7 @@ def test_corrupt_is_told_from_genuine(host: Host) -> None:
 
 def test_corrupt_is_a_layout_that_never_was(host: Host) -> None:
     """Layouts are counted from 1: a file of layout 0 is no message."""
-    put(host, genuine(host).replace(b"Layout: 1\n", b"Layout: 0\n"))
+    put(host, genuine(host).replace(b"Layout: 2\n", b"Layout: 0\n"))
     with host.running():
         host.wait_until_idle()
         assert (host.mail(), host.json("status")["corrupt"]) == ([], 1)
@@ -194,7 +194,7 @@ def test_corrupt_names_of_people(host: Host) -> None:
 
 def test_corrupt_is_not_what_is_newer_than_us(host: Host) -> None:
     """A file of a newer layout stays where it is and is said to be there; the mail behind it flows."""
-    newer = genuine(host).replace(b"Layout: 1\n", b"Layout: 2\nFuture: key\n")
+    newer = genuine(host).replace(b"Layout: 2\n", b"Layout: 3\nFuture: key\n")
     name = put(host, newer)
     with host.running():
         still_flows(host)

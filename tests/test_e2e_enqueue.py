@@ -399,14 +399,14 @@ def test_enqueue_message_as_documented(host: Host) -> None:
     envelope, _, mail = content.partition(b"\n\n")
     lines = envelope.decode().split("\n")
     assert lines[:5] == [
-        "Layout: 1",
+        "Layout: 2",
         f"Vhost: {VHOST}",
         "Sender: user@a.example",
         "Recipient: one@x.example",
         "Recipient: two@x.example",
     ]
     others = {line.partition(":")[0] for line in lines[5:]}
-    assert others <= {"Arrived", "Uid", "Cwd", "Program", "Script", "Message-Id"}
+    assert others <= {"Arrived", "Uid", "Cwd", "Program", "Script", "Script-Filename", "Notify", "Message-Id"}
     header, _, body = mail.partition(b"\n\n")
     assert body == b"first\nsecond\nthird\n"
     assert [line.partition(b":")[0] for line in header.split(b"\n")[:2]] == [b"X-Domain", b"X-Complaints-To"]

@@ -29,12 +29,13 @@ LOCAL = st.one_of(st.lists(ATOM, min_size=1, max_size=3).map(".".join), QUOTED)
 DOMAIN = st.one_of(HOST, st.sampled_from(["[192.0.2.1]", "[IPv6:2001:db8::1]", "xn--bcher-kva.example", "_x.example"]))
 ADDRESS = st.one_of(st.builds("{}@{}".format, LOCAL, DOMAIN), LOCAL)
 OPTIONAL = st.one_of(st.just(""), VALUE)
-CLAIMS = {name: OPTIONAL for name in ("arrived", "uid", "cwd", "program", "script", "message_id")}
+CLAIMS = {name: OPTIONAL for name in ("arrived", "uid", "cwd", "program", "script", "script_filename", "message_id")}
 STAMPS = {name: OPTIONAL for name in ("queue_id", "source", "owner", "picked_up", "held", "reason")}
 SUBMITTED = {
     "vhost": HOST,
     "recipients": st.lists(ADDRESS, min_size=1, max_size=5).map(tuple),
     "sender": st.one_of(st.none(), st.just(""), ADDRESS),
+    "notify": st.sampled_from(["", "never", "failure", "delay", "failure,delay"]),
     **CLAIMS,
 }
 
@@ -148,7 +149,7 @@ def test_lines_that_may_repeat() -> None:
 @pytest.mark.parametrize(
     "rest", ["", "\nVhost: a.example\nRecipient: r@x.y", "\nNew-Line: of that layout", "\nno line of this one"]
 )
-@pytest.mark.parametrize("version", ["2", "10", "999"])
+@pytest.mark.parametrize("version", ["3", "10", "999"])
 def test_newer_layout(version: str, rest: str) -> None:
     """A newer layout is told apart by its first line, whatever follows: it is not corrupt."""
     for verified in (False, True):

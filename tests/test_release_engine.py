@@ -417,7 +417,7 @@ def test_newer_layout_in_active_waits_for_its_program(
     server.answer = always_yes
     (file,) = (site.spool / "active").iterdir()
     content = file.read_bytes()
-    file.write_bytes(content.replace(b"Layout: 1\n", b"Layout: 2\n", 1))
+    file.write_bytes(content.replace(b"Layout: 2\n", b"Layout: 3\n", 1))
     reads: list[str] = []
     read = mailqueue.read
 
