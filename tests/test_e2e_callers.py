@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import email
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +15,9 @@ from typing import Any
 
 import pytest
 from host import ENQUEUE, ROOT, Host, smtp, subject
-from servers import Message, Sink, Wire
+from mariadb import PASSWORD, MariaDB
+from servers import Message, Postfix, Sink, Wire
+from system import System, child
 
 pytestmark = pytest.mark.server
 
@@ -113,17 +117,17 @@ def values(message: Message, name: str) -> list[str]:
     return email.message_from_bytes(message.data).get_all(name, [])
 
 
-def check(message: Message, sender: str = SENDER, recipients: list[str] = EVERYONE, body: str = BODY) -> None:
+def check(message: Message, sender: str = SENDER, recipients: list[str] = EVERYONE, vhost: str = VHOST) -> None:
     """The envelope is exactly that, the vhost is stated once and by us, nobody sees a Bcc, and the text is what was written."""
     assert (message.sender, sorted(message.recipients)) == (sender, recipients)
-    assert values(message, "X-Domain") == [VHOST]
-    assert message.data.startswith(f"X-Domain: {VHOST}\r\n".encode())
+    assert values(message, "X-Domain") == [vhost]
+    assert message.data.startswith(f"X-Domain: {vhost}\r\n".encode())
     assert values(message, "Bcc") == []
     assert b"bcc@x.example" not in message.data
     text = email.message_from_bytes(message.data).get_payload(decode=True)
     assert isinstance(text, bytes)
     # Some callers end their text with a line end more.
-    assert text.replace(b"\r\n", b"\n").decode().rstrip("\n") == body.rstrip("\n")
+    assert text.replace(b"\r\n", b"\n").decode().rstrip("\n") == BODY.rstrip("\n")
     assert re.search(rb"(?<!\r)\n|\r(?!\n)", message.data) is None
 
 
@@ -224,6 +228,50 @@ def test_symfony_sendmail(site: Site) -> None:
     said = site.php(f'{SYMFONY} send("{smtp_mode}", $mail->subject("refused"));')
     assert '"421"' in said
     assert "SMTP on standard input is not offered; call with -t -i" in said
+    site.nothing_more()
+
+
+WORDPRESS = """
+foreach ([
+    "ABSPATH" => "{directory}/", "WP_INSTALLING" => {installing}, "WP_HTTP_BLOCK_EXTERNAL" => true, "DISABLE_WP_CRON" => true,
+    "DB_NAME" => "wordpress", "DB_USER" => "wordpress", "DB_PASSWORD" => "{password}", "DB_HOST" => "127.0.0.1:{port}",
+    "DB_CHARSET" => "utf8mb4", "DB_COLLATE" => "",
+] as $name => $value) define($name, $value);
+$_SERVER += ["HTTP_HOST" => "www.example.com", "SERVER_NAME" => "www.example.com", "REQUEST_URI" => "/index.php"];
+$table_prefix = "wp_";
+require ABSPATH . "wp-settings.php";
+{code}
+"""
+
+INSTALL = """
+require ABSPATH . "wp-admin/includes/upgrade.php";
+wp_install("A Site", "admin", "one@x.example", true, "", "not a secret");
+"""
+
+WP_MAIL = f"""
+add_action("wp_mail_failed", function ($error) {{ echo $error->get_error_message(), " "; }});
+$headers = ["From: A User <from@example.com>", "Cc: cc@x.example", "Bcc: bcc@x.example", "X-Domain: forged"];
+echo wp_mail(["One <one@x.example>", "two@x.example"], "%s", {PHP_BODY}, $headers) ? "sent" : "refused";
+"""
+
+
+def test_wordpress(site: Site) -> None:
+    """A WordPress that its own installer has made, on MariaDB, says so by mail, and wp_mail() sends or returns false."""
+    with MariaDB() as server:
+        server.root("CREATE DATABASE wordpress", database=None)
+        server.root(f"GRANT ALL ON wordpress.* TO wordpress@'%' IDENTIFIED BY '{PASSWORD}'", database=None)
+
+        def run(code: str, vhost: str = VHOST, installing: str = "false") -> str:
+            names = {"directory": DEBIAN / "wordpress/usr/share/wordpress", "password": PASSWORD, "port": server.port}
+            template = re.sub(r"{(directory|password|port)}", lambda found: str(names[found[1]]), WORDPRESS)
+            return site.php(template.replace("{installing}", installing).replace("{code}", code), vhost=vhost)
+
+        assert run(INSTALL, installing="true") == ""
+        assert site.arrived("New WordPress Site").recipients == ["one@x.example"]
+        assert run(WP_MAIL % "wordpress") == "sent"
+        check(site.arrived("wordpress"))
+        assert values(site.arrived("wordpress"), "From") == ["A User <from@example.com>"]
+        assert run(WP_MAIL % "refused", vhost=GONE) == "Could not instantiate mail function. refused"
     site.nothing_more()
 
 
@@ -407,6 +455,56 @@ def test_pipe_perl(site: Site) -> None:
 def test_pipe_python3(site: Site) -> None:
     """So does a Python script's."""
     pipe(site, "python3", "-c")
+
+
+# Cron's own directories, and PAM's, which say nothing here; nothing of the machine's own is left that a cron would start.
+CRON = """
+mount -t tmpfs tmpfs /var/spool
+mkdir -p /var/spool/cron/crontabs
+mount -t tmpfs tmpfs /run
+[ ! -d /etc/cron.d ] || mount -t tmpfs tmpfs /etc/cron.d
+[ ! -e /etc/crontab ] || mount --bind /dev/null /etc/crontab
+mount -t tmpfs tmpfs /etc/pam.d
+for kind in auth account session; do echo "$kind required pam_permit.so"; done > /etc/pam.d/cron
+mount --bind "$1" /usr/sbin
+for user in c1 root; do
+    printf '%s\\n' MAILTO=one@x.example HOME=/ "@reboot printf '$2'" > "/var/spool/cron/crontabs/$user"
+    chmod 600 "/var/spool/cron/crontabs/$user"
+    chown "$user" "/var/spool/cron/crontabs/$user"
+done
+exec "$3" -f
+"""
+
+
+def test_cron(sink: Sink, postfix: Postfix) -> None:
+    """Cron's mail of a user's job goes out as the host's, through a script in the place of sendmail; root's goes to the MTA."""
+    with Wire(sink.port) as wire, System(mta=smtp(wire.port)) as system:
+        system.cli("vhost", "add", "--unregistered")
+        system.start()
+        programs = system.directory / "sbin"
+        programs.mkdir(mode=0o755)
+        command = f"{system.programs}/secure-sendmail-enqueue --spool {system.spool}"
+        for name, line in (
+            ("sendmail", line_of("test_cron").replace(COMMAND, command)),
+            ("sendmail.distrib", f'exec {postfix.sendmail()} "$@"'),
+        ):
+            (programs / name).write_text(f"#!/bin/sh\n{line}\n")
+            (programs / name).chmod(0o755)
+        words = system.words(["sh", "-ec", CRON, "cron", programs, json.dumps(BODY)[1:-1], DEBIAN / "cron/usr/sbin/cron"])
+        cron = subprocess.Popen(words, stdin=subprocess.DEVNULL)
+        try:
+            system.wait(lambda: len(sink.messages()) >= 2, "both mails of cron's")
+        finally:
+            os.kill(child(cron.pid), signal.SIGTERM)
+            cron.wait(30)
+        (message,) = wire.messages()
+        check(message, f"c1@{os.uname().nodename}", ["one@x.example"], vhost="host.example.com")
+        # It is the MTA that gives such an address the host's name.
+        assert values(message, "From") == ["root (Cron Daemon)"]
+        # Of root's, no tag, and no row of ours.
+        (other,) = (each for each in sink.messages() if each.sender.startswith("root@"))
+        assert values(other, "X-Domain") == []
+        assert {(row["event"], row["vhost"]) for row in system.rows()} == {("released", "host.example.com")}
 
 
 def test_every_test_has_its_row() -> None:
