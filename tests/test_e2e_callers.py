@@ -40,6 +40,11 @@ def rows() -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines()[2:]]
 
 
+def fence(name: str) -> str:
+    """The text of a fence of the page."""
+    return (ROOT / "calling.md").read_text().partition(f"<!-- read by tests/: {name} -->\n\n```\n")[2].partition("```")[0]
+
+
 def line_of(test: str) -> str:
     """How the page sets the caller of that test up: the first code of the cell."""
     (setup,) = (setup for _, setup, _, name in rows() if name == f"`{test}`")
@@ -483,13 +488,11 @@ def test_cron(sink: Sink, postfix: Postfix) -> None:
         system.start()
         programs = system.directory / "sbin"
         programs.mkdir(mode=0o755)
-        command = f"{system.programs}/secure-sendmail-enqueue --spool {system.spool}"
-        for name, line in (
-            ("sendmail", line_of("test_cron").replace(COMMAND, command)),
-            ("sendmail.distrib", f'exec {postfix.sendmail()} "$@"'),
-        ):
-            (programs / name).write_text(f"#!/bin/sh\n{line}\n")
+        script = fence("sendmail").replace(COMMAND, f"{system.programs}/secure-sendmail-enqueue --spool {system.spool}")
+        for name, text in ("sendmail", script), ("sendmail.distrib", f'#!/bin/sh\nexec {postfix.sendmail()} "$@"\n'):
+            (programs / name).write_text(text)
             (programs / name).chmod(0o755)
+        (programs / "mailq").symlink_to("sendmail")
         words = system.words(["sh", "-ec", CRON, "cron", programs, json.dumps(BODY)[1:-1], DEBIAN / "cron/usr/sbin/cron"])
         cron = subprocess.Popen(words, stdin=subprocess.DEVNULL)
         try:
@@ -505,11 +508,30 @@ def test_cron(sink: Sink, postfix: Postfix) -> None:
         (other,) = (each for each in sink.messages() if each.sender.startswith("root@"))
         assert values(other, "X-Domain") == []
         assert {(row["event"], row["vhost"]) for row in system.rows()} == {("released", "host.example.com")}
+        # What the MTA's command is beside taking mail, and what a link instead of the script does.
+        assert "Mail queue is empty" in system.run("mailq", env={"PATH": "/usr/sbin:/usr/bin:/bin"}).stdout
+        (system.directory / "link").symlink_to(system.programs / "secure-sendmail-enqueue")
+        run = system.run(system.directory / "link", "-t", "-i", user="c1", input=f"To: one@x.example\n\n{BODY}")
+        assert (run.returncode, run.stdout) == (64, "")
+        assert run.stderr.startswith("secure-sendmail-enqueue: no vhost: ")
+
+
+def test_settings_need_what_the_page_says(site: Site) -> None:
+    """Without the word sendmail PHPMailer runs another command, without -t Symfony takes none, without -i it doubles dots."""
+    other = 'sendmail_path = "/usr/local/bin/enqueue www.example.com -t -i"'
+    assert site.php(f"{PHPMAILER} $mail->isSendmail(); echo $mail->Sendmail;", other) == "/usr/sbin/sendmail"
+    whole = site.line("test_php_mail")
+    send = (
+        'try { send("native://default", $mail->subject("dots")); } catch (InvalidArgumentException $e) { echo $e->getMessage(); }'
+    )
+    assert "Unsupported sendmail command flags" in site.php(SYMFONY + send, whole.replace(" -t", ""))
+    assert site.php(SYMFONY + send, whole.replace(" -i", "")) == "sent"
+    assert b"\n...two dots" in site.arrived("dots").data
 
 
 def test_every_test_has_its_row() -> None:
-    """The page's table names the tests of this module, each once, and no others."""
-    own = {"test_every_test_has_its_row", "test_versions_are_those_of_the_page"}
+    """The page's table names the tests of callers, each once, and no others."""
+    own = {"test_settings_need_what_the_page_says", "test_every_test_has_its_row", "test_versions_are_those_of_the_page"}
     tests = {name for name in vars(sys.modules[__name__]) if name.startswith("test_")} - own
     assert sorted(name.strip("`") for *_, name in rows()) == sorted(tests)
 
