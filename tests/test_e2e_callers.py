@@ -11,10 +11,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from socket import AF_UNIX, SOCK_DGRAM, socket
 from typing import Any
 
 import pytest
-from host import ENQUEUE, ROOT, Host, smtp, subject
+from host import ENQUEUE, PATIENCE, ROOT, Host, smtp, subject
 from mariadb import PASSWORD, MariaDB
 from servers import Message, Postfix, Sink, Wire
 from system import System, child
@@ -29,7 +30,7 @@ REFUSAL = f"secure-sendmail-enqueue: no maildrop for {GONE} "
 
 DEBIAN = ROOT / ".cache/debian"
 BODY = "first\n.\n..two dots\n.one dot\n.\nlast\n"
-# The same, and our three fields as a script of the customer's would write them, in PHP's own notation.
+# As PHP has it in double quotes.
 PHP_BODY = json.dumps(BODY)
 EVERYONE = ["bcc@x.example", "cc@x.example", "one@x.example", "two@x.example"]
 
@@ -322,7 +323,7 @@ NODEMAILER = """
 const nodemailer = require("nodemailer");
 const transport = %s;
 transport.sendMail({
-    from: "A User <user@example.com>", to: "One <one@x.example>, two@x.example", cc: "cc@x.example",
+    from: "A User <from@example.com>", to: "One <one@x.example>, two@x.example", cc: "cc@x.example",
     bcc: "bcc@x.example", subject: "%s", headers: {"X-Domain": "forged"}, text: %s,
 }).then(() => console.log("sent"), error => console.log(error.message));
 """
@@ -349,9 +350,9 @@ def send_email(site: Site, test: str, name: str, *words: str, vhost: str = VHOST
     # Who the committer is; git asks, and does not use it.
     (site.home / ".gitconfig").write_text('[user]\nname = "A User"\nemail = user@example.com\n')
     site.run("sh", "-ec", site.line(test, vhost), check=True)
-    (site.home / "0001.patch").write_text(f"From: A User <user@example.com>\nSubject: {name}\nX-Domain: forged\n\n{BODY}")
+    (site.home / "0001.patch").write_text(f"From: A User <from@example.com>\nSubject: {name}\nX-Domain: forged\n\n{BODY}")
     addresses = ["--to=one@x.example", "--to=Two <two@x.example>", "--cc=cc@x.example", "--bcc=bcc@x.example"]
-    settings = ["--from=A User <user@example.com>", "--confirm=never", "--suppress-cc=all"]
+    settings = ["--from=A User <from@example.com>", "--confirm=never", "--suppress-cc=all"]
     return site.run("git", "send-email", *settings, *addresses, *words, "0001.patch")
 
 
@@ -462,7 +463,7 @@ def test_pipe_python3(site: Site) -> None:
     pipe(site, "python3", "-c")
 
 
-# Cron's own directories, and PAM's, which say nothing here; nothing of the machine's own is left that a cron would start.
+# Cron's own directories, and those of PAM and of syslog; nothing of the machine's own is left that a cron would start.
 CRON = """
 mount -t tmpfs tmpfs /var/spool
 mkdir -p /var/spool/cron/crontabs
@@ -472,8 +473,15 @@ mount -t tmpfs tmpfs /run
 mount -t tmpfs tmpfs /etc/pam.d
 for kind in auth account session; do echo "$kind required pam_permit.so"; done > /etc/pam.d/cron
 mount --bind "$1" /usr/sbin
-for user in c1 root; do
-    printf '%s\\n' MAILTO=one@x.example HOME=/ "@reboot printf '$2'" > "/var/spool/cron/crontabs/$user"
+for name in null random urandom zero; do
+    : > "$4/$name"
+    mount --bind "/dev/$name" "$4/$name"
+done
+mount --bind "$4" /dev
+for user in c1 c2 root; do
+    to=one@x.example
+    [ $user != c2 ] || to=one@two@x.example
+    printf '%s\\n' MAILTO=$to HOME=/ "@reboot printf '$2'" > "/var/spool/cron/crontabs/$user"
     chmod 600 "/var/spool/cron/crontabs/$user"
     chown "$user" "/var/spool/cron/crontabs/$user"
 done
@@ -483,7 +491,8 @@ exec "$3" -f
 
 def test_cron(sink: Sink, postfix: Postfix) -> None:
     """Cron's mail of a user's job goes out as the host's, through a script in the place of sendmail; root's goes to the MTA."""
-    with Wire(sink.port) as wire, System(mta=smtp(wire.port)) as system:
+    with Wire(sink.port) as wire, System(mta=smtp(wire.port)) as system, socket(AF_UNIX, SOCK_DGRAM) as syslog:
+        syslog.settimeout(PATIENCE)
         system.cli("vhost", "add", "--unregistered")
         system.start()
         programs = system.directory / "sbin"
@@ -493,13 +502,21 @@ def test_cron(sink: Sink, postfix: Postfix) -> None:
             (programs / name).write_text(text)
             (programs / name).chmod(0o755)
         (programs / "mailq").symlink_to("sendmail")
-        words = system.words(["sh", "-ec", CRON, "cron", programs, json.dumps(BODY)[1:-1], DEBIAN / "cron/usr/sbin/cron"])
-        cron = subprocess.Popen(words, stdin=subprocess.DEVNULL)
+        devices = system.directory / "dev"
+        devices.mkdir(mode=0o755)
+        syslog.bind(str(devices / "log"))
+        (devices / "log").chmod(0o666)
+        arguments = [programs, json.dumps(BODY)[1:-1], DEBIAN / "cron/usr/sbin/cron", devices]
+        cron = subprocess.Popen(system.words(["sh", "-ec", CRON, "cron", *arguments]), stdin=subprocess.DEVNULL)
+        said = ""
         try:
-            system.wait(lambda: len(sink.messages()) >= 2, "both mails of cron's")
+            system.wait(lambda: len(sink.messages()) >= 2, "both mails of cron's that are accepted")
+            while "(c2) MAIL" not in said:
+                said += syslog.recv(1000).decode() + "\n"
         finally:
             os.kill(child(cron.pid), signal.SIGTERM)
             cron.wait(30)
+        system.wait_until_idle()
         (message,) = wire.messages()
         check(message, f"c1@{os.uname().nodename}", ["one@x.example"], vhost="host.example.com")
         # It is the MTA that gives such an address the host's name.
@@ -508,6 +525,9 @@ def test_cron(sink: Sink, postfix: Postfix) -> None:
         (other,) = (each for each in sink.messages() if each.sender.startswith("root@"))
         assert values(other, "X-Domain") == []
         assert {(row["event"], row["vhost"]) for row in system.rows()} == {("released", "host.example.com")}
+        # Cron tells of what was refused in syslog only, and so does enqueue.
+        assert "secure-sendmail-enqueue" in said
+        assert re.search(r"\(c2\) MAIL \(mailed \d+ bytes of output but got status 0x0041 from MTA", said)
         # What the MTA's command is beside taking mail, and what a link instead of the script does.
         assert "Mail queue is empty" in system.run("mailq", env={"PATH": "/usr/sbin:/usr/bin:/bin"}).stdout
         (system.directory / "link").symlink_to(system.programs / "secure-sendmail-enqueue")
