@@ -10,11 +10,14 @@ policy=/usr/sbin/policy-rc.d
 mark="from secure-sendmail's tests/packages.sh"
 
 needed=(php-cli python3-watchdog python3-click python3-rich python3-pymysql mariadb-server util-linux strace procps
-    apache2-bin libapache2-mod-php php-fpm sudo acl debootstrap systemd)
+    apache2-bin libapache2-mod-php php-fpm sudo acl debootstrap systemd
+    libphp-phpmailer php-symfony-mailer php-mail php-pear php-mysql node-nodemailer nodejs git-email libmailtools-perl s-nail)
 
-# A mail server would conflict with the machine's own, so these are not installed but only unpacked into the cache.
-# Each with one of its programs, whose libraries tell whether the packages it depends on are there.
-unpacked=(postfix:usr/lib/postfix/sbin/smtpd exim4-daemon-light:usr/sbin/exim4)
+# These would conflict with the machine's own mail server, bring one, or start a service, so they are not installed but
+# only unpacked into the cache. Each with one of its programs, whose libraries tell whether the packages it depends on are
+# there; without a program where it shall do without them.
+unpacked=(postfix:usr/lib/postfix/sbin/smtpd exim4-daemon-light:usr/sbin/exim4 bsd-mailx:usr/bin/bsd-mailx cron:usr/sbin/cron
+    wordpress:)
 
 download=
 
@@ -34,26 +37,30 @@ install() {
 
 is_unpacked() { # PACKAGE PROGRAM
     local libraries
+    [ -d "$cache/$1" ] || return 1
+    [ -n "$2" ] || return 0
     libraries=$(LD_LIBRARY_PATH=$cache/$1/usr/lib/$1 ldd "$cache/$1/$2" 2>/dev/null) || return 1
     [[ $libraries != *"not found"* ]]
 }
 
-unpack() { # PACKAGE
-    local archive field needs
+unpack() { # PACKAGE PROGRAM
+    local archive field needs fields=()
+    [ -z "$2" ] || fields=(Pre-Depends Depends)
     download=$(mktemp -d /tmp/secure-sendmail-packages.XXXXXX)
     # apt fetches as its own user, and warns where that user may not write.
     chown _apt "$download"
     (cd "$download" && apt-get download "$1")
     archive=$(echo "$download/$1"_*.deb)
-    for field in Pre-Depends Depends; do
-        # Without the other packages of the same mail server, such as exim4-base.
-        needs=$(dpkg-deb -f "$archive" "$field" | sed "s/\b${1%%-*}-[^,]*,\? *//g")
+    for field in "${fields[@]}"; do
+        # Without a mail server, and without the other packages of the same program, such as exim4-base.
+        needs=$(dpkg-deb -f "$archive" "$field" | sed -e "s/\b${1%%-*}-[^,]*,\? *//g" -e 's/\bdefault-mta\b[^,]*,\? *//')
         [ -z "$needs" ] || install satisfy "$needs"
     done
     # The name appears when the content is complete, so that an interrupted run is repaired by the next one.
     rm -rf "$cache/$1.new" "${cache:?}/$1"
-    mkdir -p "$cache/$1.new"
-    dpkg-deb -x "$archive" "$cache/$1.new"
+    mkdir -p "$cache"
+    # With its control file, which says the version.
+    dpkg-deb -R "$archive" "$cache/$1.new"
     chmod -R a+rX "$cache/$1.new"
     mv "$cache/$1.new" "$cache/$1"
     rm -rf "$download"
@@ -90,7 +97,7 @@ for package in "${needed[@]}"; do
 done
 to_unpack=()
 for entry in "${unpacked[@]}"; do
-    is_unpacked "${entry%%:*}" "${entry#*:}" || to_unpack+=("${entry%%:*}")
+    is_unpacked "${entry%%:*}" "${entry#*:}" || to_unpack+=("$entry")
 done
 
 to_make=()
@@ -106,7 +113,7 @@ if [ $((${#to_install[@]} + ${#to_unpack[@]} + ${#to_make[@]})) -gt 0 ]; then
             if [ $((${#to_unpack[@]} + ${#to_make[@]})) -gt 0 ]; then
                 printf '    bash %q\n' "$root/tests/packages.sh"
                 echo
-                echo "The last one unpacks Debian packages into $cache (and does not install them): ${to_unpack[*]} ${to_make[*]}"
+                echo "The last one unpacks Debian packages into $cache (and does not install them): ${to_unpack[*]%%:*} ${to_make[*]}"
             fi
         } >&2
         exit 1
@@ -123,8 +130,8 @@ if [ $((${#to_install[@]} + ${#to_unpack[@]} + ${#to_make[@]})) -gt 0 ]; then
     if [ ${#to_install[@]} -gt 0 ]; then
         install install "${to_install[@]}"
     fi
-    for package in "${to_unpack[@]}"; do
-        unpack "$package"
+    for entry in "${to_unpack[@]}"; do
+        unpack "${entry%%:*}" "${entry#*:}"
     done
     [ ${#to_make[@]} = 0 ] || make_base
 fi
