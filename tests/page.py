@@ -1,13 +1,13 @@
-"""Reading spool_layout.md, which is the oracle: expected values come from the page, never from either program."""
+"""Reading spool_layout.md and calling.md, the oracles: expected values come from a page, never from either program."""
 
 import re
 from pathlib import Path
 
-PAGE = Path(__file__).parent.parent / "spool_layout.md"
+ROOT = Path(__file__).parent.parent
 
 
-def text() -> str:
-    return PAGE.read_text()
+def text(name: str = "spool_layout.md") -> str:
+    return (ROOT / name).read_text()
 
 
 def section(page: str, name: str) -> list[str]:
