@@ -127,7 +127,7 @@ def normal(flat: bytes) -> bytes:
 
     Without a source route, which RFC 5321 tells to ignore; the domain in lower case, as A-labels, without a last dot.
     """
-    flat = re.sub(rb"^@(?:\[[^\]]*\]|[^:\[])*:", b"", flat)
+    flat = re.sub(rb"^(?:@(?:\[[^\]]*\]|[^:\[])*:)+", b"", flat)
     local, at, domain = flat.rpartition(b"@")
     if not domain.isascii():
         try:
