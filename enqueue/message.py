@@ -30,18 +30,11 @@ class Field:
         return self.raw.partition(b":")[2].replace(b"\n", b" ").replace(b"\r", b" ").strip(b" \t")
 
 
-def canonical(read: Callable[[], bytes]) -> Iterator[bytes]:
-    """What READ returns until it is empty, with every line ended by one LF and no CR left.
+def ended(read: Callable[[], bytes]) -> Iterator[bytes]:
+    """What READ returns until it is empty, with CRLF and CR CR LF as one LF; a missing last line end is added.
 
-    CRLF and CR CR LF are one line end, a lone CR is one too; a missing last line end is added. Done before anything
-    looks at a line, so that no later reader sees a line here that we did not see.
+    A lone CR is still there, for recipients() to see.
     """
-    for chunk in _with_lone_cr(read):
-        yield chunk.replace(b"\r", b"\n")
-
-
-def _with_lone_cr(read: Callable[[], bytes]) -> Iterator[bytes]:
-    """The same, but a lone CR is still one."""
     waiting = 0
     last = b"\n"
     while chunk := read():
@@ -64,6 +57,15 @@ def _with_lone_cr(read: Callable[[], bytes]) -> Iterator[bytes]:
         yield b"\n"
 
 
+def canonical(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """CHUNKS, whose lines are ended, with a lone CR as a line end too, and so without any CR.
+
+    Done before anything looks at a field, so that no later reader sees a line that we did not see.
+    """
+    for chunk in chunks:
+        yield chunk.replace(b"\r", b"\n")
+
+
 class Message:
     """A message with its header in memory and its body still to be read.
 
@@ -71,7 +73,7 @@ class Message:
     """
 
     def __init__(self, read: Callable[[], bytes]) -> None:
-        self._chunks = _with_lone_cr(read)
+        self._chunks = ended(read)
         data = b"".join(self._first_chunks())
         if not data:
             raise Failure(DATAERR, "the message is empty")
@@ -121,8 +123,7 @@ class Message:
         head = [name + b": " + value + b"\n" for name, value in tag + added]
         head += [field.raw for field in self.fields if field.name not in dropped]
         yield b"".join(head) + b"\n" + self._rest
-        for chunk in self._chunks:
-            yield chunk.replace(b"\r", b"\n")
+        yield from canonical(self._chunks)
 
 
 def _recipients(fields: list[Field]) -> list[bytes]:

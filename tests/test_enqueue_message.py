@@ -82,7 +82,7 @@ LINE_ENDS = [
 @pytest.mark.parametrize(("data", "expected"), LINE_ENDS)
 def test_line_ends(data: bytes, expected: bytes) -> None:
     """CRLF, LF, CR CR LF and a lone CR each end one line; a missing last line end is added."""
-    assert b"".join(message.canonical(reader([data]))) == expected
+    assert b"".join(message.canonical(message.ended(reader([data])))) == expected
 
 
 def canonical(data: bytes) -> bytes:
@@ -108,7 +108,7 @@ PLACES = st.lists(st.integers(0, 400), max_size=30)
 @given(MESSAGES, PLACES)
 def test_line_ends_of_anything(data: bytes, places: list[int]) -> None:
     """However the bytes come, every line ends with one LF, no CR is left, and no other byte is changed."""
-    assert b"".join(message.canonical(reader(cut(data, places)))) == canonical(data)
+    assert b"".join(message.canonical(message.ended(reader(cut(data, places))))) == canonical(data)
 
 
 def everything(pieces: list[bytes]) -> object:
