@@ -243,6 +243,20 @@ def test_long_header_is_read_soon(piece: bytes) -> None:
     assert time.process_time() - started < 2
 
 
+TEN_MEGABYTES = 10_000_000
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("start", [b"", b"X: ", b"From ", b"To: a@x.y\n\n"])
+@pytest.mark.parametrize("piece", [b"x", b" ", b">", b"\r", b"x\r", b"x\r\r\n", b"X: y\r", b">From me\n"])
+def test_ten_megabytes_are_read_soon(start: bytes, piece: bytes) -> None:
+    """Ten megabytes in one line, or of any line ends, take less than 1 s of CPU."""
+    data = start + piece * (TEN_MEGABYTES // len(piece))
+    started = time.process_time()
+    everything([data[n : n + 65536] for n in range(0, len(data), 65536)])
+    assert time.process_time() - started < 1
+
+
 # Recipients.
 
 RECIPIENTS = [
