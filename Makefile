@@ -12,7 +12,7 @@ DOCUMENTATION = $(DESTDIR)$(PREFIX)/share/doc/php-secure-sendmail
 # As systemd spells the path of the spool.
 SPOOL_MOUNT = var-spool-php\x2dsecure\x2dsendmail.mount
 
-.PHONY: venv install uninstall run test test-quick lint lock clean
+.PHONY: venv install uninstall run test test-quick fuzz lint lock clean
 
 venv: .venv/runtime
 
@@ -86,6 +86,17 @@ test: .venv/development
 test-quick: .venv/development
 	$(BIN)/python -m pytest -m "not server"
 
+# Looks for inputs that the scanners cannot stand, guided by coverage; ends by itself.
+MINUTES ?= 10
+fuzz: .venv/fuzz
+	mkdir -p var/fuzz/corpus
+	$(BIN)/python tests/fuzz.py var/fuzz/corpus -max_total_time=$$(($(MINUTES) * 60)) -max_len=8192 -timeout=10 -print_final_stats=1 \
+		-artifact_prefix=var/fuzz/
+
+.venv/fuzz: .venv/development requirements-fuzz.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-fuzz.lock
+	@touch $@
+
 lint: .venv/development
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -95,6 +106,7 @@ lint: .venv/development
 lock:
 	echo setuptools | uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate pyproject.toml - -o requirements.lock
 	echo setuptools | uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --extra dev pyproject.toml - -o requirements-dev.lock
+	echo atheris | uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate - -o requirements-fuzz.lock
 
 clean:
 	rm -rf .venv var *.egg-info

@@ -10,6 +10,10 @@ MAX_ADDRESS = 320
 
 _SPACE = b" \t"
 _SPECIAL = b'<>@,;:()[]"\\'
+# Behind a backslash in a display name, as in `DOMAIN\user <a@x.example>`, everything else is harmless.
+_ESCAPED = _SPECIAL + _SPACE
+# What ties the word at its other side to an address, blanks or not. The dot is older than the others (RFC 822).
+_TIES = (b".", b"%", b"!", b"|")
 
 _NOT_ATEXT = b'()<>[]:;@\\," \t'
 _LABEL = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-"
@@ -33,8 +37,9 @@ def mailboxes(value: bytes) -> list[bytes]:
     element: list[Token] = []
     tokens = _tokens(value)
     position = 0
-    # Where the members of an open group begin among those found.
-    group = -1
+    group = False
+    # What stands before the element.
+    mark = ","
     while position < len(tokens):
         token = tokens[position]
         position += 1
@@ -42,13 +47,17 @@ def mailboxes(value: bytes) -> list[bytes]:
         if kind in ",;":
             found += _element(element)
             element = []
-            group = -1 if kind == ";" else group
+            mark = kind
+            group = group and kind != ";"
         elif kind == ":":
             # What stood before is the name of a group.
-            if group >= 0 or any(k in "@a" for k, _ in element):
+            if group or any(k in "@a" for k, _ in element):
                 raise Ambiguous("a colon behind an address")
+            if mark == ";":
+                # Postfix takes all since the last comma for the name.
+                raise Ambiguous("a group behind ';' without a comma")
             element = []
-            group = len(found)
+            group = True
         elif kind == "<":
             end = position
             while end < len(tokens) and tokens[end][0] != ">":
@@ -64,8 +73,8 @@ def mailboxes(value: bytes) -> list[bytes]:
         else:
             element.append(token)
     found += _element(element)
-    # Nobody is meant by `Undisclosed recipients:`, but with members MTAs disagree on where the group ends.
-    if 0 <= group < len(found):
+    # MTAs disagree on where the group ends, and Postfix takes `Undisclosed recipients:` for an address.
+    if group:
         raise Ambiguous("a group without its ';'")
     return found
 
@@ -125,7 +134,7 @@ def _dotted(tokens: list[Token], position: int) -> tuple[bytes, int]:
     position += 1
     while position < len(tokens) and tokens[position][0] == "w":
         word = tokens[position][1]
-        if not joined.endswith(b".") and not word.startswith(b"."):
+        if not joined.endswith(_TIES) and not word.startswith(_TIES):
             break
         joined += word
         position += 1
@@ -134,6 +143,8 @@ def _dotted(tokens: list[Token], position: int) -> tuple[bytes, int]:
 
 def _domain(tokens: list[Token], position: int) -> tuple[bytes, int]:
     if position < len(tokens) and tokens[position][0] == "l":
+        if position + 1 < len(tokens) and tokens[position + 1][1].startswith(_TIES):
+            raise Ambiguous("text behind a domain in '[…]'")
         return tokens[position][1], position + 1
     domain, position = _dotted(tokens, position)
     if position < len(tokens) and tokens[position][0] in "@l":
@@ -151,6 +162,8 @@ def _checked(address: bytes) -> bytes:
         raise Ambiguous("a character in an address that cannot be seen")
     local, domain = _split(address)
     if domain and not domain.isascii():
+        if set("ßẞς") & set(text[len(local.decode()) :]):
+            raise Ambiguous("a domain of two readings (IDNA 2003 and 2008 disagree on ß and ς): write it as xn--…")
         # RFC 5891: MTAs without SMTPUTF8 take a domain as A-labels only.
         try:
             domain = b"@" + domain[1:].decode().encode("idna")
@@ -208,6 +221,9 @@ def _tokens(value: bytes) -> list[Token]:
         elif byte in b"<>@,;:":
             tokens.append((byte.decode(), byte))
             position += 1
+        elif byte == b"\\" and (value[position + 1 : position + 2] or b" ") in _ESCAPED:
+            # To Postfix the next byte is then text, wherever this stands: `\(` opens no comment.
+            raise Ambiguous("a backslash before a special character or a blank")
         elif byte in b")]\\":
             tokens.append(("x", byte))
             position += 1

@@ -110,7 +110,11 @@ def envelope(
 def _recipients(call: options.Call, mail: message.Message) -> list[bytes]:
     found = []
     for word in call.recipients:
-        found += message.lexed(os.fsencode(word), "the arguments")
+        named = message.lexed(os.fsencode(word), "the arguments")
+        if not named:
+            # Postfix would send it to its postmaster.
+            raise Failure(DATAERR, f"nobody is named by the argument {word[:80]!r}")
+        found += named
     if call.from_header:
         found += mail.recipients()
     if not found:

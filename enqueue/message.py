@@ -7,6 +7,8 @@ from enqueue.failure import DATAERR, Failure
 
 # Postfix refuses a header field above 102,400 bytes ("message header length exceeds safety limit").
 MAX_FIELD = 102_400
+# Postfix reads a line in pieces of so many bytes, and looks for a field's name, or `From `, in the first one only.
+MAX_START = 2048
 MAX_HEADER = 1 << 20
 
 # Never passed on, whoever wrote them: who got a blind copy, and the trace header that only final delivery adds.
@@ -24,15 +26,14 @@ class Field:
         self.raw = raw
 
     def value(self) -> bytes:
-        """The unfolded value (RFC 5322 section 2.2.3)."""
-        return self.raw.partition(b":")[2].replace(b"\n", b"").strip(b" \t")
+        """The value on one line, unfolded as Postfix does it: each line end, and each lone CR, is a blank."""
+        return self.raw.partition(b":")[2].replace(b"\n", b" ").replace(b"\r", b" ").strip(b" \t")
 
 
-def canonical(read: Callable[[], bytes]) -> Iterator[bytes]:
-    """What READ returns until it is empty, with every line ended by one LF and no CR left.
+def ended(read: Callable[[], bytes]) -> Iterator[bytes]:
+    """What READ returns until it is empty, with CRLF and CR CR LF as one LF; a missing last line end is added.
 
-    CRLF and CR CR LF are one line end, a lone CR is one too; a missing last line end is added. Done before anything
-    looks at a line, so that no later reader sees a line here that we did not see.
+    A lone CR is still there, for recipients() to see.
     """
     waiting = 0
     last = b"\n"
@@ -43,17 +44,26 @@ def canonical(read: Callable[[], bytes]) -> Iterator[bytes]:
         if waiting:
             rest = chunk.lstrip(b"\r")
             waiting += len(chunk) - len(rest)
-            chunk = rest if rest.startswith(b"\n") else b"\n" * waiting + rest
+            chunk = rest if rest.startswith(b"\n") else b"\r" * waiting + rest
         body = chunk.rstrip(b"\r")
         waiting = len(chunk) - len(body)
         if b"\r" in body:
             body = body.replace(b"\r\n", b"\n")
             if b"\r" in body:
-                body = b"\n".join([line.rstrip(b"\r") for line in body.split(b"\n")]).replace(b"\r", b"\n")
+                body = b"\n".join([line.rstrip(b"\r") for line in body.split(b"\n")])
         last = body[-1:]
         yield body
     if last != b"\n" or waiting:
         yield b"\n"
+
+
+def canonical(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """CHUNKS, whose lines are ended, with a lone CR as a line end too, and so without any CR.
+
+    Done before anything looks at a field, so that no later reader sees a line that we did not see.
+    """
+    for chunk in chunks:
+        yield chunk.replace(b"\r", b"\n")
 
 
 class Message:
@@ -63,30 +73,25 @@ class Message:
     """
 
     def __init__(self, read: Callable[[], bytes]) -> None:
-        self._chunks = canonical(read)
-        head, self._rest = self._split()
-        self.fields = _fields(head)
+        self._chunks = ended(read)
+        data = b"".join(self._first_chunks())
+        if not data:
+            raise Failure(DATAERR, "the message is empty")
+        # For recipients() only: nothing else reads what has a CR.
+        self._with_lone_cr = data if b"\r" in data else b""
+        data = data.replace(b"\r", b"\n")
+        self.fields, end = _header(data)
+        # The blank line is ours to write: a header that ends in a line which is no field gets one too.
+        self._rest = data[end:].removeprefix(b"\n")
 
-    def _split(self) -> tuple[bytes, bytes]:
-        """The header with its last LF, and what is read of the body so far."""
-        pieces = []
+    def _first_chunks(self) -> Iterator[bytes]:
+        """As many as a header may take."""
         size = 0
         for chunk in self._chunks:
-            pieces.append(chunk)
+            yield chunk
             size += len(chunk)
             if size > MAX_HEADER:
                 break
-        data = b"".join(pieces)
-        if not data:
-            raise Failure(DATAERR, "the message is empty")
-        start = _mbox_lines(data)
-        end = _header_end(data[:MAX_HEADER], start)
-        if end >= MAX_HEADER and len(data) > MAX_HEADER:
-            raise Failure(DATAERR, f"the header is longer than {MAX_HEADER} bytes")
-        if b"\0" in data[start:end]:
-            raise Failure(DATAERR, "a NUL byte in the header")
-        # The blank line is ours to write: a header that ends in a line which is no field gets one too.
-        return data[start:end], data[end:].removeprefix(b"\n")
 
     def first(self, name: bytes) -> bytes | None:
         """The value of the first field called NAME (lower case)."""
@@ -97,15 +102,15 @@ class Message:
 
     def recipients(self) -> list[bytes]:
         """The mailboxes of To, Cc and Bcc, or of Resent-To, Resent-Cc and Resent-Bcc where one of these is there."""
-        names: tuple[bytes, ...] = (b"resent-to", b"resent-cc", b"resent-bcc")
-        if not any(field.name in names for field in self.fields):
-            names = (b"to", b"cc", b"bcc")
-        found = []
-        for field in self.fields:
-            if field.name in names:
-                if len(field.raw) > MAX_FIELD:
-                    raise Failure(DATAERR, f"the {field.name.decode()} field is longer than {MAX_FIELD} bytes")
-                found += lexed(field.value(), f"the {field.name.decode()} field")
+        found = _recipients(self.fields)
+        if self._with_lone_cr:
+            # To Postfix a lone CR is white space inside a line, to others it ends one.
+            try:
+                same = set(found) == set(_recipients(_header(self._with_lone_cr)[0]))
+            except Failure:
+                same = False
+            if not same:
+                raise Failure(DATAERR, "a lone CR in the header: MTAs disagree on who gets the message")
         return found
 
     def chunks(self, tag: list[tuple[bytes, bytes]], missing: list[tuple[bytes, bytes]]) -> Iterator[bytes]:
@@ -118,7 +123,20 @@ class Message:
         head = [name + b": " + value + b"\n" for name, value in tag + added]
         head += [field.raw for field in self.fields if field.name not in dropped]
         yield b"".join(head) + b"\n" + self._rest
-        yield from self._chunks
+        yield from canonical(self._chunks)
+
+
+def _recipients(fields: list[Field]) -> list[bytes]:
+    names: tuple[bytes, ...] = (b"resent-to", b"resent-cc", b"resent-bcc")
+    if not any(field.name in names for field in fields):
+        names = (b"to", b"cc", b"bcc")
+    found = []
+    for field in fields:
+        if len(field.raw) > MAX_FIELD:
+            raise Failure(DATAERR, f"the {field.name[:80].decode()} field is longer than {MAX_FIELD} bytes")
+        if field.name in names:
+            found += lexed(field.value(), f"the {field.name.decode()} field")
+    return found
 
 
 def lexed(value: bytes, where: str) -> list[bytes]:
@@ -129,26 +147,41 @@ def lexed(value: bytes, where: str) -> list[bytes]:
         raise Failure(DATAERR, f"ambiguous recipients in {where}: {error}") from None
 
 
+def _header(data: bytes) -> tuple[list[Field], int]:
+    """The fields at the beginning of DATA, and the place behind them. Raises Failure."""
+    data = data[: MAX_HEADER + 1]
+    start = _mbox_lines(data)
+    end = _header_end(data[:MAX_HEADER], start)
+    if end >= MAX_HEADER and len(data) > MAX_HEADER:
+        raise Failure(DATAERR, f"the header is longer than {MAX_HEADER} bytes")
+    if b"\0" in data[start:end]:
+        raise Failure(DATAERR, "a NUL byte in the header")
+    return _fields(data[start:end]), end
+
+
 def _mbox_lines(data: bytes) -> int:
     """The length of the leading `From ` lines of an mbox file, quoted or not."""
     start = 0
-    while data[start : start + 80].lstrip(b">").startswith(b"From "):
-        start = data.find(b"\n", start) + 1 or len(data)
-    return start
+    while True:
+        end = data.find(b"\n", start, start + MAX_START)
+        if end < 0 or not data[start:end].lstrip(b">").startswith(b"From "):
+            return start
+        start = end + 1
 
 
 def _header_end(data: bytes, position: int) -> int:
     """The place of the first line from POSITION on that is neither a field nor its continuation; len(DATA) if none is.
 
-    A last line without its end counts as a field, whatever it looks like so far.
+    A short last line without its end counts as a field, whatever it looks like so far.
     """
     start = position
     while position < len(data):
         line_end = data.find(b"\n", position) + 1
-        if not line_end:
+        if not line_end and len(data) - position < MAX_START:
             return len(data)
+        line_end = line_end or len(data)
         continues = position > start and data[position] in b" \t"
-        if not continues and not _name(data[position:line_end]):
+        if not continues and not _name(data[position : min(line_end, position + MAX_START)]):
             break
         position = line_end
     return position

@@ -6,11 +6,13 @@ there once, the wire has one final dot, and no input takes time that grows faste
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import random
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,12 +21,12 @@ sys.path.insert(0, str(ROOT))
 
 TAG = [(b"X-Domain", b"www.a.example"), (b"X-Complaints-To", b"abuse@host.example")]
 MISSING = [(b"Date", b"d"), (b"From", b"f@a.example"), (b"Message-ID", b"<i@a.example>")]
-# An input is repeated up to so many bytes, and may then take so many seconds of this process, a hundredfold of what it needs.
-AMPLIFIED, SECONDS = 1 << 20, 2.0
+# An input is repeated up to so many bytes; four times as many may then take so many times as long.
+AMPLIFIED, TIMES_AS_LONG = 1 << 18, 8
 
 SEEDS = [
     b"To: one@x.example, Two <two@x.example>;three@x.example\r\nBcc :\r\n\tfour@x.example\r\n\r\n.\r\nMAIL FROM:<a@b>\r\n",
-    b">From me\nTo: a(c(d)e)@x.y, <@r1.z,@r2.z:b@x.y>, group: c@x.y, d@x.y;, \"q, r\"@x.y\n\nbody",
+    b'>From me\nTo: a(c(d)e)@x.y, <@r1.z,@r2.z:b@x.y>, group: c@x.y, d@x.y;, "q, r"@x.y\n\nbody',
     b"Resent-To: r@x.y\rX-Domain: forged\r\r\nX-Domain\t: forged\n folded\n\n.\r.\n..\r\n",
     b"Layout: 2\nVhost: www.a.example\nSender: \nRecipient: one@x.example\nUid: 33\nNotify: never\nScript: 33:a.php",
     b"To: =?utf-8?q?a=40b?= <j\xc3\xb6rg@b\xc3\xbccher.example>, a%b@[127.0.0.1]\nMessage-ID:\n\n\0\xff",
@@ -36,8 +38,8 @@ def one_input(data: bytes) -> None:
     """Everything that reads what a customer writes, on DATA."""
     for reader in (_message, _spool_file, _envelope, _words, _addresses):
         reader(data)
-    # Every sixteenth, chosen by its bytes, so that a finding can be run again.
-    if data and sum(data) % 16 == 0:
+    # One in a thousand, chosen by its bytes, so that a finding can be run again.
+    if data and zlib.crc32(data) % 1000 == 0:
         _amplified(data)
 
 
@@ -149,19 +151,41 @@ def _all_good(addresses: list[bytes]) -> None:
 
 
 def _amplified(data: bytes) -> None:
-    for half in (len(data), len(data) // 2, 1):
-        large = data[:half] * (AMPLIFIED // max(half, 1)) + data[half:]
+    for part in {len(data), max(len(data) // 2, 1), 1}:
         for reader in (_message, _spool_file, _envelope, _addresses):
-            started = time.process_time()
-            reader(large)
-            took = time.process_time() - started
-            assert took < SECONDS, f"{reader.__name__}: {took:.1f} s for {len(large)} bytes"
+            times = []
+            for size in (AMPLIFIED, 4 * AMPLIFIED):
+                large = data[:part] * (size // part) + data[part:]
+                started = time.process_time()
+                reader(large)
+                times.append(time.process_time() - started)
+            # What takes next to no time is not compared.
+            assert times[1] < TIMES_AS_LONG * times[0] + 0.5, f"{reader.__name__}: {times} s, four times the input"
 
 
 def mutations(seed: int, count: int) -> Iterator[bytes]:
     """Inputs made of the seeds, where no atheris is there to find better ones."""
     chance = random.Random(seed)
-    pieces = [b"\n", b"\r", b"\r\n", b".", b":", b" ", b"<", b">", b"(", b")", b'"', b"\\", b"@", b",", b";", b"\0", b"\xff", b"X-Domain: f"]
+    pieces = [
+        b"\n",
+        b"\r",
+        b"\r\n",
+        b".",
+        b":",
+        b" ",
+        b"<",
+        b">",
+        b"(",
+        b")",
+        b'"',
+        b"\\",
+        b"@",
+        b",",
+        b";",
+        b"\0",
+        b"\xff",
+        b"X-Domain: f",
+    ]
     for _ in range(count):
         data = bytearray(chance.choice(SEEDS))
         for _ in range(chance.randrange(1, 12)):
@@ -174,12 +198,15 @@ def main(run: Callable[[bytes], None]) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["enqueue", "releaser"]):
-        import enqueue.address
-        import enqueue.message
-        import enqueue.options
-        import releaser.envelope
-        import releaser.message
-        import releaser.mta  # noqa: F401
+        for name in (
+            "enqueue.address",
+            "enqueue.message",
+            "enqueue.options",
+            "releaser.envelope",
+            "releaser.message",
+            "releaser.mta",
+        ):
+            importlib.import_module(name)
     corpus = Path(sys.argv[1])
     corpus.mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(SEEDS):

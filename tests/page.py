@@ -1,14 +1,13 @@
-"""Reading the pages, which are the oracle: expected values come from the page, never from either program."""
+"""Reading spool_layout.md and calling.md, the oracles: expected values come from a page, never from either program."""
 
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-LAYOUT, CALLING = ROOT / "spool_layout.md", ROOT / "calling.md"
 
 
-def text(path: Path = LAYOUT) -> str:
-    return path.read_text()
+def text(name: str = "spool_layout.md") -> str:
+    return (ROOT / name).read_text()
 
 
 def section(page: str, name: str) -> list[str]:

@@ -47,6 +47,10 @@ DELIVERED = [
     (b"a@[IPv6:2001:db8::1]", [b"a@[IPv6:2001:db8::1]"]),
     (b"root", [b"root"]),
     (b"a%b@x.y, h!u", [b"a%b@x.y", b"h!u"]),
+    (b"a % b@x.y, h! u c|d @x.y", [b"a%b@x.y", b"h!u", b"c|d@x.y"]),
+    (b"DOMAIN\\user <a@x.y>", [b"a@x.y"]),
+    (b"a@[192.0.2.1] b", [b"a@[192.0.2.1]", b"b"]),
+    (b"a@x.y;, G: b@x.y;", [b"a@x.y", b"b@x.y"]),
     (b"-t", [b"-t"]),
     (b"A <a@x.y>, B <b@x.y>", [b"a@x.y", b"b@x.y"]),
     (b"A@X.Y", [b"A@X.Y"]),
@@ -91,6 +95,16 @@ AMBIGUOUS = [
     b"a\\@x.y",
     b"a]@x.y",
     b"a@x.y\\, b@x.y",
+    b"A\\( <a@x.y>, b@x.y) <c@x.y>",
+    b'A \\"b" <a@x.y>',
+    b"A \\ <a@x.y>",
+    b"A <a@x.y>, \\",
+    b"a@[192.0.2.1] .b",
+    b"a@[192.0.2.1]!b",
+    b"a@x.y; G: b@x.y;",
+    b"G: a@x.y; H: b@x.y;",
+    b"G: a@x.y",
+    b"undisclosed-recipients:",
 ]
 
 
@@ -141,6 +155,10 @@ NOT_INTERNATIONAL = [
     # Short enough as it stands, above 320 bytes as A-labels.
     b"a@" + "ü.".encode() * 100 + b"c",
     "a@ü..c".encode(),
+    # IDNA 2003 makes another domain of these than IDNA 2008 does.
+    "a@straße.example".encode(),
+    "a@STRAẞE.example".encode(),
+    "a@ς.example".encode(),
 ]
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from socket import AF_UNIX, SOCK_DGRAM, socket
 from typing import Any
 
+import page
 import pytest
 from host import ENQUEUE, PATIENCE, ROOT, Host, smtp, subject
 from mariadb import PASSWORD, MariaDB
@@ -37,13 +38,9 @@ EVERYONE = ["bcc@x.example", "cc@x.example", "one@x.example", "two@x.example"]
 
 def rows() -> list[list[str]]:
     """The table of callers: caller, how to set it up, tested version, test."""
-    page = (ROOT / "calling.md").read_text().partition("<!-- read by tests/: callers -->\n\n")[2].partition("\n\n")[0]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines()[2:]]
-
-
-def fence(name: str) -> str:
-    """The text of a fence of the page."""
-    return (ROOT / "calling.md").read_text().partition(f"<!-- read by tests/: {name} -->\n\n```\n")[2].partition("```")[0]
+    lines = page.section(page.text("calling.md"), "callers")
+    # With their back quotes, which tell the setting itself from what is said of it.
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
 def line_of(test: str) -> str:
@@ -497,7 +494,9 @@ def test_cron(sink: Sink, postfix: Postfix) -> None:
         system.start()
         programs = system.directory / "sbin"
         programs.mkdir(mode=0o755)
-        script = fence("sendmail").replace(COMMAND, f"{system.programs}/secure-sendmail-enqueue --spool {system.spool}")
+        script = page.fence(page.text("calling.md"), "sendmail").replace(
+            COMMAND, f"{system.programs}/secure-sendmail-enqueue --spool {system.spool}"
+        )
         for name, text in ("sendmail", script), ("sendmail.distrib", f'#!/bin/sh\nexec {postfix.sendmail()} "$@"\n'):
             (programs / name).write_text(text)
             (programs / name).chmod(0o755)

@@ -22,11 +22,11 @@ LOGIN = f"{pwd.getpwuid(os.getuid()).pw_name}@{os.uname().nodename}"
 
 OPTIONS = [
     (words, int(status))
-    for cell, status, _ in page.table(page.text(page.CALLING), "options")
+    for cell, status, _ in page.table(page.text("calling.md"), "options")
     for words in re.findall(r"[^`]+", cell)
     if words.strip()
 ]
-SENDERS = page.table(page.text(page.CALLING), "senders")
+SENDERS = page.table(page.text("calling.md"), "senders")
 
 
 @pytest.fixture(scope="module")

@@ -394,7 +394,7 @@ def test_enqueue_keeps_no_descriptor_of_its_caller(host: Host, tmp_path: Path) -
 
 def test_enqueue_message_as_documented(host: Host) -> None:
     """The file is envelope, empty line, and the message with our two fields first; line ends are LF."""
-    message = b"To: one@x.example\r\nSubject: s\rCc: two@x.example\r\n\r\nfirst\rsecond\r\nthird"
+    message = b"To: one@x.example\r\nSubject: s\rX: y\r\nCc: two@x.example\r\n\r\nfirst\rsecond\r\nthird"
     content = accepted(host, host.enqueue(VHOST, "user@a.example", "-t", message=message))
     envelope, _, mail = content.partition(b"\n\n")
     lines = envelope.decode().split("\n")

@@ -386,6 +386,6 @@ def test_message_cut_short(site: Host, wire: Wire, tmp_path: Path) -> None:
 
 def test_every_row_of_the_page_has_its_test() -> None:
     """Page and module name the same tests."""
-    documented = {row[2] for row in page.table(page.text(page.CALLING), "message")}
+    documented = {row[2] for row in page.table(page.text("calling.md"), "message")}
     implemented = {name for name in globals() if name.startswith("test_message_")} - {"test_message_forged_tags_in_the_envelope"}
     assert documented == implemented
