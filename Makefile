@@ -106,7 +106,8 @@ lint: .venv/development
 lock:
 	echo setuptools | uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate pyproject.toml - -o requirements.lock
 	echo setuptools | uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --extra dev pyproject.toml - -o requirements-dev.lock
-	echo atheris | uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate - -o requirements-fuzz.lock
+	@# Later ones have no build for Python 3.11.
+	echo 'atheris<3.1' | uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate - -o requirements-fuzz.lock
 
 clean:
 	rm -rf .venv var *.egg-info
