@@ -35,6 +35,8 @@ from releaser.watch import Wake, Watch
 
 # A probe of `secure-sendmail status` holds the lock for an instant.
 LOCK_TRIES = 20
+# While nothing is watched, every maildrop is looked at after so many seconds.
+LOOK_INTERVAL = 1
 # At the end, MySQL has so many seconds to take what is left of the log; the rest is shipped after the next start.
 LAST_ROWS = 10
 
@@ -136,19 +138,29 @@ class Daemon:
 
     def _loop(self, releaser: Releaser) -> None:
         next_check = time.monotonic() + layout.SCAN_INTERVAL
+        next_look = 0.0
         while not self._stopping:
             self._notify.alive()
             bells, touched = self._wake.take()
+            if self._watch is not None and self._watch.loudest is not None:
+                LOG.error(maillog.flooded(releaser.vhost_of(self._watch.loudest), layout.SCAN_INTERVAL))
+                # The next check begins again.
+                self._watch.stop()
+                self._watch, next_check = None, time.monotonic() + layout.SCAN_INTERVAL
             # The command rings when it has made a vhost: its users are known before its mail is looked at.
             if self._reload or touched or layout.CONTROL_BELL in bells or time.monotonic() >= next_check:
                 next_check = time.monotonic() + layout.SCAN_INTERVAL
                 self._check(releaser)
             releaser.rung(bells)
+            if self._watch is None and not self._once and time.monotonic() >= next_look:
+                next_look = time.monotonic() + LOOK_INTERVAL
+                releaser.look()
             pause = releaser.step()
             if self._once and releaser.idle:
                 return
             if pause > 0 and not self._stopping:
-                self._wake.wait(min(pause, layout.SCAN_INTERVAL, self._notify.interval))
+                interval = layout.SCAN_INTERVAL if self._watch is not None else LOOK_INTERVAL
+                self._wake.wait(min(pause, interval, self._notify.interval))
 
     def _check(self, releaser: Releaser) -> None:
         """Load the configuration again where it has changed, and see that the watch lives."""
@@ -197,7 +209,7 @@ class Daemon:
         try:
             self._watch = Watch(settings.spool, directories, self._wake)
         except OSError as error:
-            LOG.error(f"cannot watch: {error}; mail is found every {layout.SCAN_INTERVAL} seconds")
+            LOG.error(f"cannot watch: {error}; every maildrop is looked at each {LOOK_INTERVAL} s instead")
 
     def _signal(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGHUP:

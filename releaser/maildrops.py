@@ -94,6 +94,10 @@ class Maildrops:
             if vhost is not None:
                 self._mark(vhost, self._drops[vhost])
 
+    def vhost_of(self, bell: str) -> str:
+        """The vhost that BELL stands for; BELL itself where it is nobody's."""
+        return self._bells.get(bell, bell)
+
     def next(self, busy: Container[str]) -> tuple[str, bytes] | None:
         """The next vhost in turn that has mail and is not BUSY, and its first name."""
         for _ in range(len(self._turn)):

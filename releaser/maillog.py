@@ -86,6 +86,10 @@ def taken_over(old: str, new: str) -> str:
     return f"renamed vhost={new} was={old}"
 
 
+def flooded(vhost: str, seconds: int) -> str:
+    return f"bells are rung more often than mail can come, not listened to for {seconds} s; most are of vhost={vhost}"
+
+
 def observing(sections: list[str]) -> str:
     return f'over_limit is "observe", mail over a limit is sent: {", ".join(sections)}'
 

@@ -76,6 +76,15 @@ class Releaser:
             self._drops.write_policy(name)
         self._close_vanished()
 
+    def look(self) -> None:
+        """Look at every maildrop, and for decisions: what the bells would have told of."""
+        self._decisions_wait = True
+        self._drops.scan()
+
+    def vhost_of(self, bell: str) -> str:
+        """Whose bell it is."""
+        return self._drops.vhost_of(bell)
+
     def rung(self, bells: set[str]) -> None:
         """Look at what BELLS stand for."""
         if layout.CONTROL_BELL in bells:

@@ -3,10 +3,16 @@
 import os
 import select
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable
 
 from watchdog.events import FileSystemEvent, FileSystemEventHandler
 from watchdog.observers import Observer
+
+# More rings a second than this are no mail: watchdog keeps what it has read of them in memory without end, and the other
+# bells' events are somewhere behind. All mail of a busy host rings less often, since rings coalesce.
+MOST_RINGS = 5_000
 
 
 class Wake:
@@ -50,10 +56,22 @@ class Wake:
 class _Handler(FileSystemEventHandler):
     def __init__(self, call: Callable[[str], None]) -> None:
         self._call = call
+        self._second = self._count = 0
+        self._rings: Counter[str] = Counter()
+        # The name that has had most of more than MOST_RINGS events in a second.
+        self.loudest: str | None = None
 
     def on_any_event(self, event: FileSystemEvent) -> None:
         # Ringing arrives as a modification or as a change of attributes, depending on watchdog's version: any event counts.
-        self._call(os.path.basename(os.fsdecode(event.src_path)))
+        name = os.path.basename(os.fsdecode(event.src_path))
+        second = int(time.monotonic())
+        if second != self._second:
+            self._second, self._count, self._rings = second, 0, Counter()
+        self._count += 1
+        self._rings[name] += 1
+        if self.loudest is None and self._count > MOST_RINGS:
+            self.loudest = self._rings.most_common(1)[0][0]
+        self._call(name)
 
 
 class Watch:
@@ -65,10 +83,16 @@ class Watch:
         # watchdog swallows a directory that it may not read, and then watches nothing.
         for directory in (f"{spool}/wake", *configuration):
             os.listdir(directory)
-        self._observer.schedule(_Handler(wake.ring), f"{spool}/wake", recursive=False)
+        self._bells = _Handler(wake.ring)
+        self._observer.schedule(self._bells, f"{spool}/wake", recursive=False)
         for directory in configuration:
             self._observer.schedule(_Handler(lambda _: wake.touch_configuration()), directory, recursive=False)
         self._observer.start()
+
+    @property
+    def loudest(self) -> str | None:
+        """The bell that is rung more often than mail can come, while there is one: stop() then, and look without bells."""
+        return self._bells.loudest
 
     def alive(self) -> bool:
         """Whether every thread that watches still runs."""

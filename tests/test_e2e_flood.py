@@ -1,0 +1,77 @@
+"""What a customer does to be heard more than others, or to wear the releaser out; the MTA is a maildir."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from host import Host, text
+from system import PYTHON, System
+
+pytestmark = pytest.mark.server
+
+# Rings the bells of its arguments in turn, as fast as it can, for as many seconds as the first argument says.
+FLOOD = """
+import os, sys, time
+until = time.monotonic() + float(sys.argv[1])
+while time.monotonic() < until:
+    for _ in range(1000):
+        for bell in sys.argv[2:]:
+            os.utime(bell)
+"""
+
+
+def bell(host: Host, vhost: str) -> str:
+    """The path of a vhost's bell, which its users read in its policy."""
+    policy = (host.spool / "vhosts" / vhost / "policy").read_text()
+    return str(host.spool / "wake" / dict(line.split(": ", 1) for line in policy.splitlines())["Bell"])
+
+
+def of_process(pid: int) -> tuple[float, int]:
+    """The seconds of processor time that a process has used, and the bytes that it has in memory."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def others_are_served(host: Host, flood: list[str], **options: str) -> None:
+    """While FLOOD runs, mail of www.c2.example goes out, and the releaser neither grows nor burns a core."""
+    with host.running(), subprocess.Popen(flood) as flooding:
+        # Until the releaser has had enough.
+        time.sleep(3)
+        before, started = of_process(host.pid)[0], time.monotonic()
+        slowest = 0.0
+        for number in range(5):
+            begin = time.monotonic()
+            host.send("www.c2.example", message=text("one@x.example", subject=str(number)), **options)
+            host.wait_for_mail(number + 1)
+            slowest = max(slowest, time.monotonic() - begin)
+        used, size = of_process(host.pid)
+        share = (used - before) / (time.monotonic() - started)
+        assert flooding.poll() is None, "the flood has ended too early to prove anything"
+        assert slowest < 5 and share < 0.5 and size < 200 << 20, (slowest, share, size)
+        assert re.search(r"bells are rung more often than mail can come.* vhost=(one|two)[.]c1[.]example", host.log())
+        assert flooding.wait(60) == 0
+
+
+def test_flood_of_bells_by_a_customer() -> None:
+    """Two bells rung in turn without end by one customer cost another neither his mail nor its time."""
+    with System() as system:
+        for vhost, user in (("one.c1.example", "c1"), ("two.c1.example", "c1"), ("www.c2.example", "c2")):
+            system.register(vhost, user)
+        system.releaser("--once")
+        bells = [bell(system, "one.c1.example"), bell(system, "two.c1.example")]
+        others_are_served(system, system.words([PYTHON, "-c", FLOOD, "15", *bells], user="c1"), user="c2")
+
+
+def test_flood_of_bells_in_private_mode() -> None:
+    """The same with the newest watchdog, where one uid is everybody."""
+    with Host() as host:
+        host.add("one.c1.example", "two.c1.example", "www.c2.example")
+        host.releaser("--once")
+        bells = [bell(host, "one.c1.example"), bell(host, "two.c1.example")]
+        others_are_served(host, [sys.executable, "-c", FLOOD, "15", *bells])
