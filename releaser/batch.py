@@ -4,7 +4,9 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 
+from releaser import maillog
 from releaser.ledger import Incident, Ledger, Row
+from releaser.maillog import LOG
 
 
 class Batch:
@@ -42,9 +44,16 @@ class Batch:
         self._after.append(action)
 
     def commit(self) -> None:
+        """Write, then act. Raises sqlite3.Error with nothing written, and may then be called again."""
         if self._writes:
             with self._ledger.transaction():
                 for write in self._writes:
                     write()
-        for action in self._after:
-            action()
+            self._writes = []
+        while self._after:
+            action = self._after.pop(0)
+            try:
+                action()
+            except OSError as error:
+                # What is durable holds; the next start brings the file to where it belongs.
+                LOG.error(maillog.left_for_start(error))

@@ -20,6 +20,7 @@ from releaser.limits import Account
 from releaser.maildrops import Maildrops
 from releaser.maillog import LOG
 from releaser.mta import Job, Kind, Outcome, Senders, Unreachable
+from releaser.room import Room
 
 # Seconds between tries while there is no MTA, doubled from the first to the second.
 MTA_BACKOFF = (1, 30)
@@ -56,6 +57,7 @@ class HandOver:
         book: Ledger,
         drops: Maildrops,
         accounts: Callable[[Row], list[Account]],
+        room: Room,
         wake: Callable[[], None],
         mta_url: str,
         give_up: int,
@@ -71,6 +73,9 @@ class HandOver:
         self._ledger = book
         self._drops = drops
         self._accounts = accounts
+        self._room = room
+        # Whose outcome is in the ledger, and for whose copy there was no room: the message lies where it lay.
+        self._unsettled: list[Flight] = []
         self._flights: dict[str, Flight] = {}
         # What waits for its time, and, by vhost, what is due and waits for its turn.
         self._retries: list[tuple[float, str]] = []
@@ -129,6 +134,10 @@ class HandOver:
 
     def begin(self, batch: Batch, flight: Flight) -> None:
         """Make the attempt durable, then let it begin."""
+        if not flight.row.remaining:
+            # All is said already: a crash came before its copy could be made.
+            self._settle(batch, flight)
+            return
         flight.row.attempt_open = 1
         if not flight.untried:
             flight.untried = list(flight.row.remaining)
@@ -205,6 +214,10 @@ class HandOver:
 
     def take_results(self, batch: Batch) -> None:
         """Write down what the senders have said meanwhile."""
+        if self._unsettled and self._room.there:
+            unsettled, self._unsettled = self._unsettled, []
+            for flight in unsettled:
+                self._settle(batch, flight)
         while not self._results.empty():
             job, result = self._results.get()
             flight = self._flights.pop(job.queue_id)
@@ -290,24 +303,39 @@ class HandOver:
             row.counted_at = now
             for account in self._accounts(row):
                 account.confirm(row.queue_id, now, row.recipients)
-        if row.remaining:
-            self._defer(batch, flight, now)
+        # Without a reply to the final dot the next attempt may make a duplicate, and says so.
+        row.attempt_open = int(any(outcome.kind is Kind.UNKNOWN for outcome in flight.deferred))
+        self._settle(batch, flight)
+
+    def _settle(self, batch: Batch, flight: Flight) -> None:
+        """Bring the message to where its outcome says, or leave it where it is until there is room for that."""
+        row = flight.row
+        try:
+            if row.remaining:
+                self._defer(batch, flight, time.time())
+            else:
+                self._end(batch, flight)
+        except OSError as error:
+            if not self._room.lacks(error):
+                raise
+            self._unsettled.append(flight)
+            # Its maildrop waits with it, or its file in new/ would be met again.
+            self.busy.add(row.maildrop)
+            batch.put(row)
         else:
-            self._end(batch, flight)
+            self.busy.discard(row.maildrop)
 
     def _defer(self, batch: Batch, flight: Flight, now: float) -> None:
         """S3, S4 or S5 -> S5: only this message waits, in active/."""
         row, deferred = flight.row, flight.deferred
+        if not os.path.exists(layout.path(self._spool, "active", row.queue_id)):
+            self._copy("active", flight, row.remaining)
         if row.deferred_at is None:
             row.deferred_at = now
             batch.log("deferred", row, [(o.recipient, o.words, "") for o in deferred])
         first, most = MESSAGE_BACKOFF
         pause = min(first * 2 ** min(row.attempts - 1, 20), most)
         row.next_try = now + pause
-        # Without a reply to the final dot the next attempt may make a duplicate, and says so.
-        row.attempt_open = int(any(outcome.kind is Kind.UNKNOWN for outcome in deferred))
-        if not os.path.exists(layout.path(self._spool, "active", row.queue_id)):
-            self._copy("active", flight, row.remaining)
         batch.put(row)
         batch.then(partial(self.later, row.next_try, row.queue_id))
         if flight.original is not None:
@@ -317,10 +345,10 @@ class HandOver:
     def _end(self, batch: Batch, flight: Flight) -> None:
         """S3, S4 or S5 -> S1, or S10 where the MTA has refused recipients for good."""
         row = flight.row
-        row.attempt_open, row.next_try = 0, None
-        row.state = FAILED if row.refused else DONE
         if row.refused:
             self._copy("failed", flight, [address for address, _ in row.refused])
+        row.next_try = None
+        row.state = FAILED if row.refused else DONE
         batch.put(row)
         if flight.original is not None:
             batch.then(partial(self._drops.remove, row, flight.original))

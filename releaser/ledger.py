@@ -299,10 +299,12 @@ class Ledger:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            # A full disk has ended it already.
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
             raise
-        self._db.execute("COMMIT")
 
     # What the daemon writes, inside a transaction.
 
@@ -391,14 +393,10 @@ class Ledger:
 
     def put_incident(self, incident: Incident) -> None:
         """Write INCIDENT, which has its id from then on."""
-        columns = _INCIDENT_COLUMNS[:-1]
-        values = [getattr(incident, name) for name in columns]
-        if incident.id is None:
-            places = ", ".join("?" * len(columns))
-            incident.id = self._db.execute(f"INSERT INTO incident ({', '.join(columns)}) VALUES ({places})", values).lastrowid
-        else:
-            changes = ", ".join(f"{name} = ?" for name in columns)
-            self._db.execute(f"UPDATE incident SET {changes} WHERE id = ?", (*values, incident.id))
+        values = [getattr(incident, name) for name in _INCIDENT_COLUMNS]
+        # With its id also where it has one: the transaction that gave it may have been undone.
+        sql = f"INSERT OR REPLACE INTO incident ({', '.join(_INCIDENT_COLUMNS)}) VALUES ({', '.join('?' * len(values))})"
+        incident.id = self._db.execute(sql, values).lastrowid
 
     def incidents(self) -> list[Incident]:
         """Those that have not ended, or of which no notice was sent, oldest first."""

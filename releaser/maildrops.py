@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from releaser import layout, maillog, pickup, policy
 from releaser.ledger import Row
 from releaser.maillog import LOG
+from releaser.room import LACKS
 
 # At most so many names of one vhost are looked at in one go.
 LISTED = 10_000
@@ -99,7 +100,7 @@ class Maildrops:
         return self._bells.get(bell, bell)
 
     def next(self, busy: Container[str]) -> tuple[str, bytes] | None:
-        """The next vhost in turn that has mail and is not BUSY, and its first name."""
+        """The next vhost in turn that has mail and is not BUSY, and its first name. Raises OSError where there is no room."""
         for _ in range(len(self._turn)):
             vhost = self._turn.popleft()
             drop = self._drops[vhost]
@@ -221,13 +222,18 @@ class Maildrops:
             self._turn.append(vhost)
 
     def _list(self, vhost: str, drop: Maildrop) -> None:
-        drop.dirty = False
         drop.listed_ns = time.time_ns()
         try:
             listed = pickup.names(self._spool, vhost, LISTED)
         except OSError as error:
+            if error.errno in LACKS:
+                # It keeps its turn.
+                self._turn.appendleft(vhost)
+                raise
+            drop.dirty = False
             self._complain(vhost, "new", error)
             return
+        drop.dirty = False
         drop.names = deque(name for name in listed if (vhost, name) not in self._taken)
         drop.left &= set(listed)
 

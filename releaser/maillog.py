@@ -86,6 +86,18 @@ def taken_over(old: str, new: str) -> str:
     return f"renamed vhost={new} was={old}"
 
 
+def left_for_start(error: Exception) -> str:
+    return f"a file could not be moved or removed, the next start sees to it: {error}"
+
+
+def no_room(error: Exception) -> str:
+    return f"no mail is taken until there is room again: {error}; mail stays in the maildrops, and nothing is lost"
+
+
+def room_again() -> str:
+    return "there is room again, mail is taken as before"
+
+
 def flooded(vhost: str, seconds: int) -> str:
     return f"bells are rung more often than mail can come, not listened to for {seconds} s; most are of vhost={vhost}"
 

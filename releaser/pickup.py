@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 
 from releaser import envelope, layout, message
+from releaser.room import LACKS
 
 # Up to this many bytes a message stays in memory; a larger one is copied to disk first and streamed.
 SMALL = 1 << 20
@@ -28,7 +29,7 @@ class NotYet(Exception):
 class Submitted:
     """A file in new/, opened and judged: its owner, its envelope, its header, and the rest still to be read.
 
-    Raises FileNotFoundError, Corrupt, NotYet.
+    Raises FileNotFoundError, Corrupt, NotYet, and OSError where there is no room to open it.
     """
 
     def __init__(self, spool: str, maildrop: str, name: bytes, max_size: int) -> None:
@@ -45,7 +46,9 @@ class Submitted:
         except FileNotFoundError:
             raise
         except OSError as error:
-            # What the file itself is cannot pass; anything else, too many open files for example, does.
+            # What the file itself is cannot pass; anything else does.
+            if error.errno in LACKS:
+                raise
             if error.errno in OF_THE_FILE:
                 raise Corrupt(f"cannot be opened: {error.strerror}") from None
             raise NotYet(f"cannot be opened now: {error.strerror}") from None

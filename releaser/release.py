@@ -7,6 +7,7 @@ spool_layout.md.
 import io
 import os
 import pwd
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,11 +20,14 @@ from releaser.incidents import Incidents
 from releaser.ledger import ACTIVE, HELD, TRASHED, Ledger, Row
 from releaser.maildrops import Maildrops
 from releaser.maillog import LOG
+from releaser.room import PAUSE, Room
 
 # At most so many messages, and so many decisions, in one round.
 ROUND = 100
 # Other vhosts' mail waits no longer than this, and one message, for the mail of one that is held.
 ROUND_SECONDS = 0.05
+# Seconds to make what the MTA has said last durable, at the end, where there is no room.
+LAST_TRIES = 30
 # Incidents at once of vhosts that nobody has configured.
 MADE_UP = 50
 
@@ -39,10 +43,15 @@ class Releaser:
         self._spool = config.spool
         # By vhost, and by uid for what comes through the shared maildrop.
         self._accounts: dict[str | int, limits.Account] = {}
+        self._room = Room()
         self._incidents = Incidents(config, book, self._settings)
         self._drops = Maildrops(config.spool, self._policy)
-        self._handover = HandOver(config.spool, book, self._drops, self._accounts_of, wake, config.mta_url, config.give_up)
+        self._handover = HandOver(
+            config.spool, book, self._drops, self._accounts_of, self._room, wake, config.mta_url, config.give_up
+        )
         self._announced_size = 0
+        # What the ledger has had no room for, in order: nothing else happens before.
+        self._unwritten: list[Batch] = []
         self._decisions_wait = True
         self._next_scan = 0.0
 
@@ -64,13 +73,12 @@ class Releaser:
     def scan(self) -> None:
         """Look at everything, whether or not a bell was heard."""
         self._next_scan = time.time() + layout.SCAN_INTERVAL
-        self._decisions_wait = True
-        self._drops.scan()
+        self.look()
         self._carry_over()
         if layout.UNREGISTERED not in self._drops and not self._drops.frozen:
             batch = Batch(self._ledger)
             self._incidents.close([vhost for vhost in self._incidents.vhosts if vhost not in self._drops], batch)
-            batch.commit()
+            self._commit(batch)
         for name in {name if name in self._drops else layout.UNREGISTERED for name in self._incidents.vhosts}:
             # So that enqueue goes on to repeat the warning.
             self._drops.write_policy(name)
@@ -79,7 +87,11 @@ class Releaser:
     def look(self) -> None:
         """Look at every maildrop, and for decisions: what the bells would have told of."""
         self._decisions_wait = True
-        self._drops.scan()
+        try:
+            self._drops.scan()
+        except OSError as error:
+            if not self._room.lacks(error):
+                raise
 
     def vhost_of(self, bell: str) -> str:
         """Whose bell it is."""
@@ -103,6 +115,8 @@ class Releaser:
 
     def step(self) -> float:
         """Do all that can be done now; return the seconds until something more could be, unless a bell or a result comes."""
+        if not self._write():
+            return PAUSE
         batch = Batch(self._ledger)
         self._handover.take_results(batch)
         self._carry_out_decisions(batch)
@@ -111,7 +125,7 @@ class Releaser:
             batch.then(partial(self._drops.write_policy, vhost))
         for queue_id in notices:
             batch.then(partial(self._handover.later, 0.0, queue_id))
-        if time.time() >= self._handover.down_until:
+        if time.time() >= self._handover.down_until and self._room.there:
             # New mail finds out whether the MTA is back: what waits in active/ may be what it hangs up on.
             first, second = self._handover.retry, self._pick_up
             if self._handover.probing:
@@ -148,6 +162,12 @@ class Releaser:
             self._commit(batch)
             time.sleep(0.01)
         self._commit(Batch(self._ledger))
+        until = time.monotonic() + LAST_TRIES
+        while not self._write():
+            if time.monotonic() > until:
+                raise sqlite3.OperationalError("no room for what the MTA has said last; its mail may be sent again")
+            alive()
+            time.sleep(PAUSE)
 
     def stop(self, alive: Callable[[], None] = lambda: None) -> None:
         """Finish, and end the senders."""
@@ -158,6 +178,8 @@ class Releaser:
     def _pause(self) -> float:
         now = time.time()
         due = [self._next_scan, self._incidents.next]
+        if not self._room.there or self._unwritten:
+            return PAUSE
         if self._decisions_wait:
             return 0
         if self._handover.down_until > now:
@@ -172,7 +194,19 @@ class Releaser:
     def _commit(self, batch: Batch) -> None:
         removed, self._drops.removed = self._drops.removed, []
         batch.sources_gone(removed)
-        batch.commit()
+        self._unwritten.append(batch)
+        self._write()
+
+    def _write(self) -> bool:
+        """Make durable what waits for it; whether there was room for all of it."""
+        while self._unwritten:
+            try:
+                self._unwritten[0].commit()
+            except sqlite3.OperationalError as error:
+                self._room.lacks(error)
+                return False
+            self._unwritten.pop(0)
+        return True
 
     # From new/ to a decision.
 
@@ -182,7 +216,11 @@ class Releaser:
         for _ in range(ROUND):
             if time.monotonic() > until:
                 return
-            found = self._drops.next(self._handover.busy) if self._handover.room else None
+            try:
+                found = self._drops.next(self._handover.busy) if self._handover.room else None
+            except OSError as error:
+                self._room.lacks(error)
+                return
             if found is None:
                 return
             vhost, name = found
@@ -190,6 +228,11 @@ class Releaser:
                 self._take(batch, vhost, name)
             except pickup.NotYet as error:
                 self._drops.leave(vhost, name, str(error))
+            except OSError as error:
+                if self._room.lacks(error):
+                    self._drops.give_back(vhost, name)
+                    return
+                self._drops.leave(vhost, name, str(error), trace=True)
             except Exception as error:
                 # One message cannot stop the mail of all others; it stays in new/, where a person finds it.
                 self._drops.leave(vhost, name, f"internal error: {error!r}", trace=True)
@@ -220,7 +263,7 @@ class Releaser:
                 return
             stopped = self._handover.stopped(known)
             if stopped is not None:
-                if known.attempt_open or len(known.remaining) < known.recipients:
+                if (known.attempt_open or len(known.remaining) < known.recipients) and known.counted_at is None:
                     # Some have it, or may have it.
                     known.counted_at = time.time()
                     for account in self._accounts_of(known):
@@ -237,12 +280,14 @@ class Releaser:
         row = self._new_row(submitted)
         settings = self._settings(row.vhost)
         reason, excess = self._verdict(submitted, row)
+        held = bool(reason) and not (excess and settings.over_limit == "observe")
+        if held:
+            self._hold(batch, row, submitted, reason)
         if excess is not None:
             told = self._told(row, excess)
             if self._incidents.over(batch, told, excess.limit, settings.over_limit):
                 batch.then(partial(self._drops.write_policy, told))
-        if reason and not (excess and settings.over_limit == "observe"):
-            self._hold(batch, row, submitted, reason)
+        if held:
             return
         if reason:
             LOG.warning(maillog.observed(row.queue_id, row.vhost, row.recipients, reason))
@@ -362,11 +407,13 @@ class Releaser:
 
     def _hold(self, batch: Batch, row: Row, submitted: pickup.Submitted, reason: str) -> None:
         """S3 -> S6."""
+        row.reason, row.held_at = reason, ledger.utc(time.time())
+        # Where there is no room for the copy, nothing has been decided.
+        self._store(row, submitted, "hold")
+        row.state = HELD
         if row.limited and row.counted_at is None:
             for account in self._accounts_of(row):
                 account.cancel(row.queue_id)
-        row.state, row.reason, row.held_at = HELD, reason, ledger.utc(time.time())
-        self._store(row, submitted, "hold")
         batch.put(row)
         batch.log_all("held", row, reason)
         batch.then(partial(self._drops.remove, row, submitted))
@@ -386,7 +433,8 @@ class Releaser:
 
     def _store(self, row: Row, submitted: pickup.Submitted, target: str) -> bool:
         """Copy the message into our directory TARGET; return whether it is all ASCII."""
-        head = verified(submitted.envelope, row, row.remaining)
+        # No recipient remains where the MTA has refused all, and there was no room for the copy in failed/.
+        head = verified(submitted.envelope, row, row.remaining or [address for address, _ in row.refused])
         chunks = self._chunks(submitted, row)
         row.size, ascii_only = mailqueue.store(self._spool, target, row.queue_id, head.format(), chunks)
         row.digest = submitted.digest()

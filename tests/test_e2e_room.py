@@ -1,0 +1,162 @@
+"""No room: a full spool, a full ledger, too many open files. Nothing is lost or sent twice, and it goes on by itself."""
+
+from __future__ import annotations
+
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from host import Host, smtp, text
+from servers import Sink
+
+pytestmark = pytest.mark.server
+
+VHOST = "www.a.example"
+NO_ROOM = "no mail is taken until there is room again"
+
+
+@contextmanager
+def small(directory: Path, size: str = "4m", inodes: int = 500) -> Iterator[Path]:
+    """Makes DIRECTORY a file system that is soon full; gives the path of a ballast file on it, which is empty."""
+    directory.mkdir(mode=0o711, exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size},nr_inodes={inodes},mode=0711", "tmpfs", str(directory)]
+    subprocess.run(command, check=True)
+    try:
+        yield directory / "ballast"
+    finally:
+        subprocess.run(["umount", "-l", str(directory)], check=True)
+
+
+def fill(ballast: Path) -> None:
+    """Leaves no byte."""
+    with ballast.open("ab", buffering=0) as stream, pytest.raises(OSError, match="No space left"):
+        while True:
+            stream.write(b"x" * 1000)
+
+
+def said(host: Host) -> int:
+    return host.log().count(NO_ROOM)
+
+
+def test_no_room_in_the_spool_for_what_is_held() -> None:
+    """Mail over the limit stays in new/ until its copy can be made; that is said once, and other mail waits with it."""
+    with Host(default=["1/1h"]) as host, small(host.spool) as ballast:
+        host.add(VHOST)
+        for number in range(3):
+            host.send(VHOST, message=text("one@x.example", subject=str(number)))
+        fill(ballast)
+        with host.running():
+            host.wait_for_mail(1)
+            host.wait_for_log(NO_ROOM)
+            # Some tries later.
+            host.wait(lambda: len(host.ls()) == 2, "two are left in new/")
+            assert all(name.startswith("vhosts/") for name in host.ls() if name != "ballast")
+            # What has gone out has left room.
+            fill(ballast)
+            assert host.enqueue(VHOST).returncode in (73, 74)
+            ballast.unlink()
+            host.wait(lambda: len(host.held()) == 2, "they are held")
+            host.wait_until_idle()
+            assert host.is_running() and said(host) == 1
+        assert Counter(row["event"] for row in host.rows()) == {"released": 1, "held": 2}
+        assert [name.partition("/")[0] for name in host.ls()] == ["hold", "hold"]
+
+
+@pytest.mark.parametrize("end", ["goes on", "is killed"])
+@pytest.mark.parametrize("size", [100, 1_500_000])
+def test_no_room_in_the_spool_for_what_the_mta_has_refused(sink: Sink, size: int, end: str) -> None:
+    """What the MTA has said is written down at once: it is not asked again, also by the next releaser."""
+    sink.stop()
+    sink.options = ["-f", "DATA"]
+    sink.start()
+    with Host(mta=smtp(sink.port)) as host, small(host.spool, "6m") as ballast:
+        host.add(VHOST)
+        host.send(VHOST, message=text("one@x.example", "two@x.example", body="x" * size + "\n"))
+        if size < 1 << 20:
+            fill(ballast)
+        else:
+            # Room for the copy in active/, and not for another in failed/.
+            with ballast.open("wb") as stream:
+                stream.write(bytes((6 << 20) - 2 * size - 400_000))
+        with host.running():
+            host.wait_for_log(NO_ROOM)
+            if end == "is killed":
+                host.kill()
+                host.start()
+                host.wait(lambda: said(host) == 2, "the next one has no room either")
+            ballast.unlink()
+            host.wait(lambda: [n.partition("/")[0] for n in host.ls()] == ["failed"], "it lies in failed/")
+            host.wait_until_idle()
+        assert Counter((row["event"], row["recipient"]) for row in host.rows()) == {
+            ("failed", "one@x.example"): 1,
+            ("failed", "two@x.example"): 1,
+        }
+        assert len(host.log().split(" failed ")) == 2
+
+
+def test_no_room_in_the_spool_for_what_the_mta_has_deferred(sink: Sink) -> None:
+    """Deferred mail stays in new/ where it cannot be copied, and goes out from there."""
+    sink.stop()
+    sink.options = ["-r", "RCPT"]
+    sink.start()
+    with Host(mta=smtp(sink.port)) as host, small(host.spool) as ballast:
+        host.add(VHOST)
+        host.send(VHOST)
+        fill(ballast)
+        with host.running():
+            host.wait_for_log(NO_ROOM)
+            assert [name.partition("/")[0] for name in host.ls() if name != "ballast"] == ["vhosts"]
+            ballast.unlink()
+            host.wait(lambda: [n.partition("/")[0] for n in host.ls()] == ["active"], "it waits in active/")
+            sink.stop()
+            sink.options = []
+            sink.start()
+            assert sink.wait(1, timeout=40)
+            host.wait_until_idle()
+        assert Counter(row["event"] for row in host.rows()) == {"deferred": 1, "released": 1}
+
+
+def test_no_room_in_the_ledger(sink: Sink) -> None:
+    """No mail is begun that cannot be written down, and what the MTA has said meanwhile waits until it can be."""
+    sink.stop()
+    sink.options = ["-W", ".:4"]
+    sink.start()
+    with Host(mta=smtp(sink.port)) as host, small(host.state, "3m") as ballast:
+        host.add(VHOST)
+        with host.running():
+            host.send(VHOST, message=text("one@x.example", subject="under way"))
+            host.wait(lambda: host.rows() == [] and sink.messages(), "the MTA has it", timeout=40)
+            fill(ballast)
+            for number in range(3):
+                host.send(VHOST, message=text("one@x.example", subject=str(number)))
+            host.wait_for_log(NO_ROOM)
+            assert len(host.ls()) == 4 and len(sink.messages()) == 1
+            ballast.unlink()
+            sink.wait(4, timeout=60)
+            host.wait_until_idle(60)
+            assert host.is_running() and said(host) == 1
+        assert Counter(row["event"] for row in host.rows()) == {"released": 4}
+        assert len(sink.messages()) == 4 and host.ls() == []
+
+
+def test_no_room_among_the_open_files() -> None:
+    """Too many open files: mail waits in new/, and goes out when there may be more."""
+    with Host() as host:
+        host.add(VHOST)
+        with host.running():
+            host.send(VHOST)
+            host.wait_for_mail(1)
+            host.wait_until_idle()
+            open_now = len(list(Path(f"/proc/{host.pid}/fd").iterdir()))
+            subprocess.run(["prlimit", f"--pid={host.pid}", f"--nofile={open_now}:4096"], check=True)
+            host.send(VHOST)
+            host.wait_for_log(NO_ROOM)
+            assert len(host.mail()) == 1
+            subprocess.run(["prlimit", f"--pid={host.pid}", "--nofile=1024:4096"], check=True)
+            host.wait_for_mail(2)
+            host.wait_until_idle()
+            assert host.is_running() and said(host) == 1
+        assert Counter(row["event"] for row in host.rows()) == {"released": 2}
