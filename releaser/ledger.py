@@ -29,8 +29,8 @@ ACTIVE, HELD, TRASHED, FAILED, CORRUPT, DONE, UNKNOWN = (
     "unknown",
 )
 
-# What a person can decide, and the state it applies to.
-DECISIONS = {"release": HELD, "delete": HELD, "undelete": TRASHED}
+# What a person can decide, and the states it applies to.
+DECISIONS = {"release": (HELD, FAILED), "delete": (HELD, FAILED), "undelete": (TRASHED,)}
 
 SCHEMA_1 = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -212,6 +212,11 @@ class Row:
 
     def __post_init__(self) -> None:
         self.maildrop = self.maildrop or self.vhost
+
+    @property
+    def concerned(self) -> list[str]:
+        """Whom the message can still go to: those it waits for, or, where none is left, those that the MTA has refused."""
+        return self.remaining or [address for address, _ in self.refused]
 
 
 _COLUMNS = tuple(field.name for field in fields(Row))
@@ -551,15 +556,16 @@ class Ledger:
     # What the command uses.
 
     def decide(self, decision: str, queue_ids: list[str], actor: str, why: str) -> list[str]:
-        """Record DECISION on those of QUEUE_IDS that are in its state and undecided; return these."""
+        """Record DECISION on those of QUEUE_IDS that are in one of its states and undecided; return these."""
         done = []
+        states = DECISIONS[decision]
+        sql = (
+            "UPDATE message SET decision = ?, executed_at = NULL, actor = ?, why = ? WHERE queue_id = ? "
+            f"AND state IN ({', '.join('?' * len(states))}) AND (decision IS NULL OR executed_at IS NOT NULL)"
+        )
         with self.transaction():
             for queue_id in queue_ids:
-                changed = self._db.execute(
-                    "UPDATE message SET decision = ?, executed_at = NULL, actor = ?, why = ? WHERE queue_id = ? AND state = ? "
-                    "AND (decision IS NULL OR executed_at IS NOT NULL)",
-                    (decision, actor, why, queue_id, DECISIONS[decision]),
-                )
+                changed = self._db.execute(sql, (decision, actor, why, queue_id, *states))
                 if changed.rowcount == 1:
                     done.append(queue_id)
         return done

@@ -434,7 +434,7 @@ class Releaser:
     def _store(self, row: Row, submitted: pickup.Submitted, target: str) -> bool:
         """Copy the message into our directory TARGET; return whether it is all ASCII."""
         # No recipient remains where the MTA has refused all, and there was no room for the copy in failed/.
-        head = verified(submitted.envelope, row, row.remaining or [address for address, _ in row.refused])
+        head = verified(submitted.envelope, row, row.concerned)
         chunks = self._chunks(submitted, row)
         row.size, ascii_only = mailqueue.store(self._spool, target, row.queue_id, head.format(), chunks)
         row.digest = submitted.digest()
@@ -457,7 +457,7 @@ class Releaser:
         startup.corrupt(batch, queue_id, vhost, status, f"{reason}; name {shown}")
         LOG.warning(maillog.corrupt(queue_id, vhost, shown, reason))
 
-    # Decisions of a person: S7 -> S5, S7 -> S11, S11 -> S7.
+    # Decisions of a person: S7 -> S5, S7 -> S11, S11 -> S7, S10 -> S5, S10 -> S11.
 
     def _carry_out_decisions(self, batch: Batch) -> None:
         if not self._decisions_wait:
@@ -468,7 +468,10 @@ class Releaser:
             decision, actor = row.decision or "", row.actor or ""
             row.executed_at = ledger.utc(time.time())
             batch.then(partial(startup.place, self._spool, row))
+            # What the MTA has refused is told to it again.
+            row.remaining, row.refused = row.concerned, []
             if decision == "release":
+                row.deferred_at = None
                 row.state, row.limited, row.next_try = ACTIVE, 0, time.time()
                 batch.then(partial(self._handover.later, row.next_try, row.queue_id))
             else:

@@ -40,9 +40,10 @@ def take_up(spool: str, book: Ledger, alive: Callable[[], None] = lambda: None) 
 def place(spool: str, row: Row) -> None:
     """Let the file of ROW lie where its state says: a crash can come between a commit and the rename behind it."""
     source, target = {HELD: ("trash", "hold"), TRASHED: ("hold", "trash"), ACTIVE: ("hold", "active")}[row.state]
-    if row.state == HELD and os.path.exists(layout.path(spool, "active", row.queue_id)):
-        # Its vhost was stopped while it waited for the MTA.
-        source = "active"
+    # Its vhost may have been stopped while it waited for the MTA; and what the MTA has refused can be decided, too.
+    other = "active" if row.state == HELD else "failed"
+    if os.path.exists(layout.path(spool, other, row.queue_id)):
+        source = other
     try:
         mailqueue.move(spool, row.queue_id, source, target)
     except OSError as error:
@@ -129,8 +130,16 @@ def _adopt_one(spool: str, book: Ledger, name: str, queue_id: str) -> None:
 def _remove_unrecorded_failures(spool: str, book: Ledger) -> None:
     """Copies in failed/ whose commit a crash prevented: the message is still to be tried."""
     for queue_id in set(mailqueue.listing(spool, "failed")) - set(book.queue_ids(FAILED)):
-        if book.row(queue_id) is not None:
+        row = book.row(queue_id)
+        if row is not None and row.decision in ("release", "delete") and not _is_elsewhere(spool, queue_id):
+            # S10 -> S5, S10 -> S11: a crash came before the rename.
+            place(spool, row)
+        elif row is not None:
             mailqueue.remove(spool, "failed", queue_id)
+
+
+def _is_elsewhere(spool: str, queue_id: str) -> bool:
+    return any(os.path.lexists(layout.path(spool, queue, queue_id)) for queue in layout.QUEUES if queue != "failed")
 
 
 def _move_into_place(spool: str, book: Ledger) -> None:

@@ -107,8 +107,8 @@ class Spool:
             engine.step()
             assert time.monotonic() < deadline
 
-    def decide(self, decision: str) -> None:
-        assert run(["--config", str(self.file), "hold", decision, "--all", "--yes"]) == 0
+    def decide(self, decision: str, *words: str) -> None:
+        assert run(["--config", str(self.file), "hold", decision, "--all", "--yes", *words]) == 0
 
 
 class Crash(BaseException):
@@ -223,6 +223,26 @@ def refused(spool: Spool) -> None:
     assert spool.state() == "S10"
 
 
+def refused_then_decided(spool: Spool) -> None:
+    with Sink(["-f", "RCPT"]) as sink:
+        spool.configure(f"smtp://127.0.0.1:{sink.port}")
+        spool.submit()
+        spool.work()
+        sink.stop()
+        sink.options = []
+        sink.start()
+        spool.decide("release", "--failed")
+        spool.work()
+    assert spool.state() == "S1"
+
+
+def refused_then_deleted(spool: Spool) -> None:
+    refused(spool)
+    spool.decide("delete", "--failed")
+    spool.work()
+    assert spool.state() == "S11"
+
+
 def refused_not_recorded(spool: Spool) -> None:
     with Sink(["-f", "RCPT"]) as sink:
         spool.configure(f"smtp://127.0.0.1:{sink.port}")
@@ -278,7 +298,7 @@ def ledger_lost(spool: Spool) -> None:
 
 SCENARIOS = (
     accepted, refused_at_the_door, writer_gone, large, large_without_mta, held, hold_not_recorded, no_message,
-    large_not_finished, refused, refused_not_recorded, large_refused, deferred_then_refused, ledger_lost,
+    large_not_finished, refused, refused_then_decided, refused_then_deleted, refused_not_recorded, large_refused, deferred_then_refused, ledger_lost,
 )  # fmt: skip
 
 

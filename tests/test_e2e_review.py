@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
+from typing import Any
 
 import pytest
-from host import COMMAND, Host, subject, text
+from host import COMMAND, Host, smtp, subject, text
+from servers import Sink
 
 A, B = "www.a.example", "www.b.example"
 UNKNOWN = "0660E2E85F2C029E9"
@@ -373,3 +376,71 @@ def test_review_decides_many_in_one_go(strict: Host) -> None:
     assert sorted(path.read_bytes() for path in mail) == sorted(raw.values())
     assert len({subject(path.read_bytes()) for path in mail}) == count
     assert strict.ls() == []
+
+
+@pytest.mark.server
+def test_review_of_what_the_mta_has_refused() -> None:
+    """It is listed with the MTA's words, released to whom was refused only, and deleted and undeleted as held mail is."""
+    with Sink(["-f", "RCPT"]) as sink, Host(mta=smtp(sink.port)) as host:
+        host.add(A)
+        with host.running():
+            for name in ("again", "gone"):
+                host.send(A, message=text(f"{name}@x.example", "two@x.example", subject=name))
+            listed = {row["subject"]: row for row in host.wait(lambda: failed(host, 2), "both have failed")}
+            assert host.held() == [] and "nothing is held" in host.cli("hold", "list").stdout
+            for name, row in listed.items():
+                assert row["recipients"] == [f"{name}@x.example", "two@x.example"] and row["reason"].startswith("500 ")
+                assert row["queue_id"] in host.cli("hold", "list", "--failed").stdout
+            assert [row["subject"] for row in host.json("hold", "list", "--failed", "--recipient", "again@*")] == ["again"]
+            assert len(host.json("hold", "list", "--failed", "--reason", "command failed")) == 2
+            again, gone = (listed[name]["queue_id"] for name in ("again", "gone"))
+            # A selection without --failed is of held mail.
+            assert "no mail to release" in host.cli("hold", "release", "--all", "--yes").stdout
+            assert host.cli("hold", "undelete", "--failed", "--all", "--yes", check=False).returncode == 64
+            host.cli("hold", "delete", "--failed", "--recipient", "gone@*", "--yes", "--why", "spam")
+            host.wait_for_ls(f"failed/{again}", f"trash/{gone}")
+            host.cli("hold", "undelete", gone, "--yes")
+            host.wait_for_ls(f"failed/{again}", f"hold/{gone}")
+            # Refused once more, and then taken.
+            host.cli("hold", "release", again)
+            host.wait(lambda: len(host.rows("failed")) == 6, "it was refused again")
+            host.wait_for_ls(f"failed/{again}", f"hold/{gone}")
+            sink.stop()
+            sink.options = []
+            sink.start()
+            host.cli("hold", "release", again, gone)
+            delivered = sink.wait(2)
+            host.wait_until_idle()
+            assert host.ls() == []
+    assert sorted(subject(each.data) for each in delivered) == ["again", "gone"]
+    assert all(len(each.recipients) == 2 for each in delivered)
+
+
+def failed(host: Host, count: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = host.json("hold", "list", "--failed")
+    return rows if len(rows) == count else []
+
+
+@pytest.mark.server
+@pytest.mark.parametrize(("decision", "place"), [("release", "active"), ("delete", "trash")])
+def test_review_of_what_the_mta_has_refused_and_a_crash(decision: str, place: str) -> None:
+    """A decision that is durable, whose rename a crash has prevented, is carried out by the next start: nothing is lost."""
+    with Sink(["-f", "RCPT"]) as sink, Host(mta=smtp(sink.port)) as host:
+        host.add(A)
+        with host.running():
+            host.send(A)
+            (row,) = host.wait(lambda: failed(host, 1), "it has failed")
+        queue_id = row["queue_id"]
+        host.cli("hold", decision, queue_id, "--yes")
+        sink.stop()
+        # As the commit leaves it: all but the rename.
+        state = {"release": "active", "delete": "trashed"}[decision]
+        code = (
+            "import sqlite3, sys; db = sqlite3.connect(sys.argv[1]); "
+            "db.execute(\"UPDATE message SET state = ?, executed_at = 'now', refused = '[]', limited = 0, "
+            'remaining = \'[\\"one@x.example\\"]\'", (sys.argv[2],)); db.commit()'
+        )
+        subprocess.run([sys.executable, "-c", code, host.state / "ledger.sqlite", state], check=True)
+        assert host.ls() == [f"failed/{queue_id}"]
+        with host.running():
+            host.wait_for_ls(f"{place}/{queue_id}")

@@ -15,6 +15,7 @@ from releaser.cli.select import Filters, filters
 from releaser.ledger import ACTIVE, CORRUPT, DECISIONS, DONE, FAILED, HELD, TRASHED, UNKNOWN, Row
 
 ONE_RECIPIENT = "EXISTS (SELECT 1 FROM json_each(remaining) WHERE lower(value) GLOB ?)"
+ONE_REFUSED = "EXISTS (SELECT 1 FROM json_each(refused) WHERE lower(json_extract(value, '$[0]')) GLOB ?)"
 QUEUE_OF = {HELD: "hold", TRASHED: "trash", FAILED: "failed", CORRUPT: "corrupt", ACTIVE: "active"}
 # How long a verb waits for the releaser to carry out what it has recorded, in seconds.
 PATIENCE = 10
@@ -32,22 +33,25 @@ def hold() -> None:
 @filters
 @json_option
 @click.option("--deleted", is_flag=True, help="List what was deleted and can be undeleted.")
+@click.option("--failed", is_flag=True, help="List what the MTA has refused for good.")
 @pass_context
-def list_(context: Context, chosen: Filters, as_json: bool, deleted: bool) -> None:
+def list_(context: Context, chosen: Filters, as_json: bool, deleted: bool, failed: bool) -> None:
     """List held mail, oldest first."""
-    rows = _select(context, chosen, TRASHED if deleted else HELD)
+    if deleted and failed:
+        raise click.UsageError("--deleted or --failed, not both")
+    rows = _select(context, chosen, TRASHED if deleted else FAILED if failed else HELD)
     if as_json:
         output.as_json([_facts(row) for row in rows])
         return
-    columns = ["QUEUE ID", "HELD AT", "VHOST", "REASON", "SENDER", "RECIPIENTS", "SIZE", "SUBJECT", "SCRIPT"]
+    columns = ["QUEUE ID", "SINCE", "VHOST", "REASON", "SENDER", "RECIPIENTS", "SIZE", "SUBJECT", "SCRIPT (CLAIMED)"]
     output.table(
         columns,
         (
-            [row.queue_id, (row.held_at or "")[:19] + "Z", row.vhost, row.reason, row.sender or "<>", _few(row.remaining),
-             row.size, row.subject, row.script]
+            [row.queue_id, (row.held_at or row.picked_up_at)[:19] + "Z", row.vhost, _why(row), row.sender or "<>",
+             _few(row.concerned), row.size, row.subject, row.script]
             for row in rows
         ),
-        "nothing is deleted" if deleted else "nothing is held",
+        "nothing is deleted" if deleted else "nothing has failed" if failed else "nothing is held",
     )  # fmt: skip
 
 
@@ -101,23 +105,31 @@ def show(context: Context, queue_id: str, raw: bool, as_json: bool) -> None:
 def _verb(name: str, text: str) -> None:
     @hold.command(name, help=text)
     @filters
+    @click.option("--failed", is_flag=True, help="Of what the MTA has refused, instead of what is held; not needed with ids.")
     @click.option("--why", default="", metavar="TEXT", help="The reason, for the log.")
     @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
     @click.option("--yes", is_flag=True, help="Do not ask.")
     @pass_context
-    def verb(context: Context, chosen: Filters, why: str, dry_run: bool, yes: bool) -> None:
-        _decide(context, name, chosen, why, dry_run, yes)
+    def verb(context: Context, chosen: Filters, failed: bool, why: str, dry_run: bool, yes: bool) -> None:
+        _decide(context, name, chosen, failed, why, dry_run, yes)
 
 
-_verb("release", "Send held mail now, whatever the limits say.")
-_verb("delete", "Put held mail into the trash; undelete takes it back.")
+_verb("release", "Send held mail now, whatever the limits say; or what the MTA has refused, once more.")
+_verb("delete", "Put held or refused mail into the trash; undelete takes it back.")
 _verb("undelete", "Take deleted mail back into the hold queue.")
 
 
-def _decide(context: Context, decision: str, chosen: Filters, why: str, dry_run: bool, yes: bool) -> None:
+def _decide(context: Context, decision: str, chosen: Filters, failed: bool, why: str, dry_run: bool, yes: bool) -> None:
     if not chosen.ids and not chosen.given and not chosen.everything:
         raise click.UsageError(f"which mail? Give ids, a filter, or --all: secure-sendmail hold {decision} --help")
-    rows = _select(context, chosen, DECISIONS[decision])
+    states = DECISIONS[decision]
+    if failed and FAILED not in states:
+        raise click.UsageError(f"--failed: what the MTA has refused is released or deleted, not {decision}d")
+    if failed:
+        states = (FAILED,)
+    elif not chosen.ids:
+        states = states[:1]
+    rows = _select(context, chosen, *states)
     others = [queue_id for queue_id in chosen.ids if queue_id not in {row.queue_id for row in rows}]
     refused = [sentence for queue_id in dict.fromkeys(others) if (sentence := _refusal(context, queue_id, decision))]
     for sentence in refused:
@@ -189,7 +201,7 @@ def _refusal(context: Context, queue_id: str, decision: str) -> str:
     row = context.ledger.row(queue_id)
     if row is None:
         return f"{queue_id}: no such message"
-    if row.state == DECISIONS[decision]:
+    if row.state in DECISIONS[decision]:
         pending = row.decision and row.executed_at is None
         return f"{queue_id}: {row.decision} is recorded already, by {row.actor}" if pending else ""
     already = "already " if row.decision == decision else ""
@@ -214,18 +226,27 @@ def _ended(row: Row) -> str:
     }.get(row.state, "its outcome is unknown")
 
 
-def _select(context: Context, chosen: Filters, state: str) -> list[Row]:
-    condition, values = chosen.condition("held_at", ONE_RECIPIENT)
-    return context.ledger.rows(f"state = ? AND {condition}", state, *values)
+def _select(context: Context, chosen: Filters, *states: str) -> list[Row]:
+    rows = []
+    for state in states:
+        # When it failed is in the log alone.
+        columns = ("picked_up_at", ONE_REFUSED, "refused") if state == FAILED else ("held_at", ONE_RECIPIENT)
+        condition, values = chosen.condition(*columns)
+        rows += context.ledger.rows(f"state = ? AND {condition}", state, *values)
+    return rows
+
+
+def _why(row: Row) -> str:
+    return row.refused[-1][1] if row.state == FAILED and row.refused else row.reason
 
 
 def _facts(row: Row) -> dict[str, Any]:
     return {
         "queue_id": row.queue_id,
         "vhost": row.vhost,
-        "reason": row.reason,
+        "reason": _why(row),
         "sender": row.sender,
-        "recipients": row.remaining,
+        "recipients": row.concerned,
         "size": row.size,
         "subject": row.subject,
         "script": row.script,

@@ -35,7 +35,7 @@ class Filters:
         texts = (self.vhost, self.sender, self.recipient, self.script, self.reason)
         return any(text is not None for text in (*texts, self.since, self.until))
 
-    def condition(self, time_column: str, recipient: str) -> tuple[str, list[object]]:
+    def condition(self, time_column: str, recipient: str, reason: str = "reason") -> tuple[str, list[object]]:
         """The SQL condition and its values. RECIPIENT is an SQL condition on one recipient, with a place for its pattern."""
         parts, values = ["1"], []
         if self.ids:
@@ -45,7 +45,7 @@ class Filters:
             ("vhost", self.vhost, False),
             ("sender", self.sender, False),
             ("script", self.script, True),
-            ("reason", self.reason, True),
+            (reason, self.reason, True),
         ):
             if text is not None:
                 parts.append(f"lower({column}) GLOB ?")
