@@ -298,7 +298,8 @@ def ledger_lost(spool: Spool) -> None:
 
 SCENARIOS = (
     accepted, refused_at_the_door, writer_gone, large, large_without_mta, held, hold_not_recorded, no_message,
-    large_not_finished, refused, refused_then_decided, refused_then_deleted, refused_not_recorded, large_refused, deferred_then_refused, ledger_lost,
+    large_not_finished, refused, refused_then_decided, refused_then_deleted, refused_not_recorded,
+    large_refused, deferred_then_refused, ledger_lost,
 )  # fmt: skip
 
 
