@@ -2,6 +2,7 @@
 
 import errno
 import os
+import random
 import time
 from collections import deque
 from collections.abc import Callable, Container
@@ -12,8 +13,10 @@ from releaser.ledger import Row
 from releaser.maillog import LOG
 from releaser.room import LACKS
 
-# At most so many names of one vhost are looked at in one go.
-LISTED = 10_000
+# At most so many names of one vhost are looked at in one go, and of those that were left, at every scan.
+LISTED, LEFT = 10_000, 1_000
+# So many that were left are named in the daemon's log, of each maildrop.
+NAMED = 100
 # Seconds between two looks for leftovers in tmp/.
 CLEANING = 3600
 
@@ -33,8 +36,9 @@ class Maildrop:
     # not the one we last saw.
     inode: int = 0
     policy: tuple[int, int] = (0, 0)
-    # Names already complained about.
+    # Names that were left where they are: complained about once, and looked at behind all others, when AGAIN is set.
     left: set[bytes] = field(default_factory=set)
+    again: bool = False
 
 
 class Maildrops:
@@ -82,7 +86,8 @@ class Maildrops:
             if drop is None:
                 drop = self._add(vhost, status.st_ino)
             # A file can arrive in the same tick of the clock as the last listing, hence the two seconds.
-            if status.st_mtime_ns + 2_000_000_000 > drop.listed_ns or drop.left:
+            drop.again = bool(drop.left)
+            if status.st_mtime_ns + 2_000_000_000 > drop.listed_ns or drop.again:
                 self._mark(vhost, drop)
         if time.time() >= self._next_cleaning:
             self._next_cleaning = time.time() + CLEANING
@@ -137,7 +142,10 @@ class Maildrops:
         drop = self._drops.get(vhost)
         if drop is not None and name not in drop.left:
             drop.left.add(name)
-            LOG.warning(maillog.left(vhost, os.fsdecode(name), reason), exc_info=trace)
+            if len(drop.left) < NAMED:
+                LOG.warning(maillog.left(vhost, os.fsdecode(name), reason), exc_info=trace)
+            elif len(drop.left) == NAMED:
+                LOG.warning(maillog.left_more(vhost, reason))
 
     def path(self, row: Row) -> str:
         """The file in new/ that ROW was read from."""
@@ -224,7 +232,7 @@ class Maildrops:
     def _list(self, vhost: str, drop: Maildrop) -> None:
         drop.listed_ns = time.time_ns()
         try:
-            listed = pickup.names(self._spool, vhost, LISTED)
+            listed = pickup.names(self._spool, vhost)
         except OSError as error:
             if error.errno in LACKS:
                 # It keeps its turn.
@@ -233,9 +241,14 @@ class Maildrops:
             drop.dirty = False
             self._complain(vhost, "new", error)
             return
-        drop.dirty = False
-        drop.names = deque(name for name in listed if (vhost, name) not in self._taken)
-        drop.left &= set(listed)
+        drop.left &= listed
+        new = sorted(name for name in listed - drop.left if (vhost, name) not in self._taken)
+        # In order of the time that they claim.
+        drop.names = deque(new[:LISTED])
+        drop.dirty = len(new) > LISTED
+        if drop.again:
+            drop.names += random.sample(sorted(drop.left), min(len(drop.left), LEFT))
+            drop.again = False
 
     def _write_policy(self, vhost: str, drop: Maildrop) -> None:
         if drop.bell is None:

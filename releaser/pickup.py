@@ -169,15 +169,10 @@ def _after(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
     yield from rest
 
 
-def names(spool: str, vhost: str, most: int) -> list[bytes]:
-    """The MOST first names in the vhost's new/, in order of their time; dot files are nobody's. Raises OSError."""
-    found = []
+def names(spool: str, vhost: str) -> set[bytes]:
+    """The names in the vhost's new/; dot files are nobody's. Raises OSError."""
     with os.scandir(os.fsencode(layout.maildrop(spool, vhost)) + b"/new") as entries:
-        for entry in entries:
-            if not entry.name.startswith(b"."):
-                found.append(entry.name)
-    found.sort()
-    return found[:most]
+        return {entry.name for entry in entries if not entry.name.startswith(b".")}
 
 
 def remove_leftovers(spool: str, vhost: str, now: float) -> int:

@@ -75,3 +75,27 @@ def test_flood_of_bells_in_private_mode() -> None:
         host.releaser("--once")
         bells = [bell(host, "one.c1.example"), bell(host, "two.c1.example")]
         others_are_served(host, [sys.executable, "-c", FLOOD, "15", *bells])
+
+
+def test_flood_of_files_that_stay() -> None:
+    """12,000 files with early names that can only be left where they are keep nobody's mail in the shared maildrop waiting."""
+    with System() as system:
+        system.cli("vhost", "add", "--unregistered")
+        code = """
+import os, sys
+os.chdir(sys.argv[1])
+for number in range(12_000):
+    content = b"Layout: 99\\n\\n"
+    with open(f"1000000000.{number:06}.P1.{0:024x},S={len(content)}", "wb") as file:
+        file.write(content)
+        os.fchmod(file.fileno(), 0o640)
+"""
+        system.python(code, system.spool / "vhosts/_unregistered/new", user="c1")
+        with system.running():
+            for number in range(3):
+                system.send("www.c2.example", message=text("one@x.example", subject=str(number)), user="c2")
+                begin = time.monotonic()
+                system.wait_for_mail(number + 1)
+            # The first one waits until all of them have been looked at once.
+            assert time.monotonic() - begin < 5
+            assert len(system.ls()) == 12_000 and len(system.log().splitlines()) < 200
