@@ -156,6 +156,9 @@ def _sender(word: str | None) -> bytes | None:
 def _from(full_name: str, sender: bytes) -> bytes:
     """The value of a From: field for a message that has none."""
     name = "".join(c for c in os.fsencode(full_name).decode("utf-8", "replace") if c.isprintable()).encode()
+    if name.isascii():
+        # A line has at most 998 characters (RFC 5322 section 2.1.1), and the sender wants to be on it.
+        name = name[:200]
     if not name:
         return sender
     if name.isascii():

@@ -92,6 +92,22 @@ def test_options_that_name_a_file_are_told_to_syslog(site: Host, tmp_path: Path)
     path.unlink()
 
 
+def test_full_name_is_cut(site: Host) -> None:
+    """A -F of any length makes no line that an MTA would break, and the sender stays on it."""
+    for name in ("x" * 100_000, "ä" * 50_000, 'a\\"' * 30_000):
+        site.send(VHOST, "-t", "-f", "user@a.example", "-F", name)
+        (path,) = submitted(site)
+        (line,) = re.findall(r"^From: .*$", path.read_text(), re.MULTILINE)
+        assert len(line) < 998 and line.endswith(" <user@a.example>")
+        path.unlink()
+
+
+def test_spool_that_is_not_the_first_word(site: Host) -> None:
+    """Behind another option, where Nodemailer and s-nail would put it, --spool is refused with a word on why."""
+    run = subprocess.run([ENQUEUE, "-i", "--spool", site.spool, VHOST], input=text("one@x.example"), capture_output=True)
+    assert (run.returncode, run.stderr) == (64, b"secure-sendmail-enqueue: --spool must be the first word\n")
+
+
 @pytest.mark.server
 def test_options_open_no_path_and_reach_no_command(site: Host, tmp_path: Path) -> None:
     """Whatever path or command the values of all options name: no file of that name is looked at, no process begun."""
@@ -238,7 +254,7 @@ def test_origin(environment: dict[str, str], header: bytes, origin: str, tmp_pat
         expected = program if origin == "PYTHON" else origin
         assert held["script"] == facts["script"] == logged["script"] == expected
         assert (facts["cwd"], logged["cwd"]) == (str(tmp_path), str(tmp_path))
-        assert expected in host.cli("hold", "list").stdout
+        assert expected in host.cli("hold", "list").stdout and expected in host.cli("log").stdout
         assert re.search(rf"^script \(claimed\): +{re.escape(expected)}$", shown, re.MULTILINE)
         assert re.search(rf"^cwd \(claimed\): +{re.escape(str(tmp_path))}$", shown, re.MULTILINE)
         assert re.search(rf"^program \(claimed\): +{re.escape(program)}$", shown, re.MULTILINE)
