@@ -17,6 +17,7 @@ import pytest
 from servers import Sink, free_port
 
 from enqueue import main as enqueue_main
+from enqueue import options
 from enqueue.failure import Failure
 from enqueue.maildrop import Maildrop
 from releaser import config, handover, layout, pickup, release
@@ -76,7 +77,8 @@ class Spool:
         """enqueue's own steps, in this process so that they are recorded."""
         self._who = "enqueue"
         try:
-            head = enqueue_main.envelope(VHOST, b"s@a.example", [b"r@x.example"], 1.0, b"<1@a>", None)
+            call = options.parse([VHOST])
+            head = enqueue_main.envelope(call, b"s@a.example", [b"r@x.example"], 1.0, b"<1@a>", None)
             name = f"1795376167.011099.P3395.{os.urandom(12).hex()}"
             body = b"To: r@x.example\n\n" + LARGE * size
             Maildrop(str(self.spool), VHOST).drop(name, head, iter([body]), max_size)
