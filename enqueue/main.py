@@ -17,6 +17,8 @@ error and in syslog, and nothing is left in new/.
 Files: DIR/vhosts/VHOST/{tmp,new,policy}, DIR/wake; DIR is /var/spool/php-secure-sendmail.
 """
 
+# The module signal would take longer to load than all of ours.
+import _signal  # type: ignore[import-not-found]
 import os
 import sys
 import time
@@ -80,6 +82,8 @@ def enqueue(argv: list[str]) -> None:
         (b"From", _from(call.full_name, sender or policy.sender or _login())),
         (b"Message-ID", message_id),
     ]
+    # Ctrl-C reaches PHP's command line and us; PHP may survive it, and must not hear that a submitted mail failed.
+    _signal.signal(_signal.SIGINT, _signal.SIG_IGN)
     maildrop.drop(name, head, mail.chunks(policy.tag, missing), policy.max_size)
     try:
         _tell(call, maildrop, policy, now)

@@ -258,6 +258,23 @@ def test_statuses_under_signals(installation: Host) -> None:
         matrix(installation, preexec_fn=prepare, restore_signals=False)
 
 
+@pytest.mark.server
+def test_success_is_not_interrupted(installation: Host) -> None:
+    """Ctrl-C that comes with the rename or the sync behind it takes nothing back: the mail is stored, and 0 says so."""
+    # The interpreter renames, too, where it has to compile our modules.
+    call(installation, USAGE)
+    before = found(installation)
+    for calls in ("rename,renameat,renameat2", "fsync", "utimensat,exit_group"):
+        trace = ["strace", "-qq", "-o", "/dev/null", "-e", f"trace={calls}", "-e", f"inject={calls}:signal=SIGINT"]
+        run = subprocess.run(
+            [*trace, ENQUEUE, "--spool", installation.spool, VHOST, "-t"], input=MESSAGE, capture_output=True, timeout=30
+        )
+        assert (run.returncode, run.stderr) == (0, b"")
+        (name,) = set(found(installation)) - set(before)
+        assert Path(name).parent.name == "new"
+        Path(name).unlink()
+
+
 def test_statuses_with_many_recipients(installation: Host) -> None:
     """Two thousand recipients as arguments are that many in the envelope, or the status that it is without them."""
     before = found(installation)
