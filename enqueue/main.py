@@ -10,20 +10,22 @@ Security: runs as the caller. Opens the maildrop and nothing else: no network, n
 about its caller is a claim; the releaser trusts the directory and the file's owner only.
 
 Exit status: 0 only when the message is durable in the maildrop. 64 usage or a mode that is not offered; 65 no or
-ambiguous recipients, or no message; 69 too large, or refused by policy; 73 cannot create in tmp/; 74 a later read,
-write, sync or rename failed; 77 the maildrop is closed to this user; 78 there is no such spool or vhost. Each failure
-is one line on standard error and in syslog, and nothing is left in new/.
+ambiguous recipients, or no message; 69 too large; 73 cannot create in tmp/; 74 a later read, write, sync or rename
+failed; 77 the maildrop is closed to this user; 78 there is no such spool or vhost. Each failure is one line on standard
+error and in syslog, and nothing is left in new/.
 
 Files: DIR/vhosts/VHOST/{tmp,new,policy}, DIR/wake; DIR is /var/spool/php-secure-sendmail.
 """
 
+# The module signal would take longer to load than all of ours.
+import _signal  # type: ignore[import-not-found]
 import os
 import sys
 import time
 
 from enqueue import address, message, options
 from enqueue.failure import DATAERR, IOERR, USAGE, Failure
-from enqueue.maildrop import Maildrop
+from enqueue.maildrop import Maildrop, Policy
 
 LAYOUT = b"2"
 READ_SIZE = 1 << 16
@@ -32,27 +34,34 @@ MAX_RECIPIENTS = 10_000
 
 def main() -> None:
     """Run, say what failed in one line, and end the process with its status: no traceback, no flush that could fail."""
-    status = 0
+    status = IOERR
+    try:
+        status, sentence = _run(sys.argv[1:])
+        if sentence:
+            _complain(sentence)
+    finally:
+        # Also where the memory left is too little to complain.
+        os._exit(status)
+
+
+def _run(argv: list[str]) -> tuple[int, str]:
+    """The exit status, and what failed."""
     try:
         # The caller is PHP: its descriptors, and a umask that may be 0777, are not ours.
         os.closerange(3, 1 << 20)
         os.umask(0o077)
         _hold_standard_descriptors()
-        if sys.argv[1:] == ["--help"]:
-            os.write(2, (__doc__ or "").encode())
-            status = USAGE
-        else:
-            enqueue(sys.argv[1:])
+        if argv == ["--help"]:
+            _write_error((__doc__ or "").encode())
+            return USAGE, ""
+        enqueue(argv)
     except Failure as failure:
-        status = failure.status
-        _complain(failure.sentence)
+        return failure.status, failure.sentence
     except MemoryError:
-        status = IOERR
-        _complain("out of memory")
+        return IOERR, "out of memory"
     except BaseException as error:
-        status = IOERR
-        _complain(f"internal error: {type(error).__name__}: {error}")
-    os._exit(status)
+        return IOERR, f"internal error: {type(error).__name__}: {error}"
+    return 0, ""
 
 
 def enqueue(argv: list[str]) -> None:
@@ -73,7 +82,18 @@ def enqueue(argv: list[str]) -> None:
         (b"From", _from(call.full_name, sender or policy.sender or _login())),
         (b"Message-ID", message_id),
     ]
+    # Ctrl-C reaches PHP's command line and us; PHP may survive it, and must not hear that a submitted mail failed.
+    _signal.signal(_signal.SIGINT, _signal.SIG_IGN)
     maildrop.drop(name, head, mail.chunks(policy.tag, missing), policy.max_size)
+    try:
+        _tell(call, maildrop, policy, now)
+    except BaseException:
+        # The mail is accepted, and the releaser's scan finds it: nothing turns that into a failure any more.
+        pass
+
+
+def _tell(call: options.Call, maildrop: Maildrop, policy: Policy, now: float) -> None:
+    """Ring for the releaser, and say what somebody wants to hear of a message that is accepted."""
     maildrop.ring(policy.bell)
     warning = policy.warning(call.vhost, now)
     if warning:
@@ -140,6 +160,9 @@ def _sender(word: str | None) -> bytes | None:
 def _from(full_name: str, sender: bytes) -> bytes:
     """The value of a From: field for a message that has none."""
     name = "".join(c for c in os.fsencode(full_name).decode("utf-8", "replace") if c.isprintable()).encode()
+    if name.isascii():
+        # A line has at most 998 characters (RFC 5322 section 2.1.1), and the sender wants to be on it.
+        name = name[:200]
     if not name:
         return sender
     if name.isascii():

@@ -97,6 +97,8 @@ def _options(call: Call, words: list[str]) -> tuple[bool, bool]:
 
 
 def _flags(call: Call, word: str, words: list[str]) -> None:
+    if word == "--spool":
+        raise Failure(USAGE, "--spool must be the first word")
     if word.startswith("--"):
         raise Failure(USAGE, f"unknown option {word[:80]!r}")
     position = 1

@@ -105,3 +105,26 @@ def test_the_printed_line_is_what_php_needs() -> None:
             f'Apache:  php_admin_value sendmail_path "{command}"',
             f'php-fpm: php_admin_value[sendmail_path] = "{command}"',
         ]
+
+
+def helps(*words: str) -> list[tuple[str, ...]]:
+    """WORDS and all verbs below them, as the help lists them; each help is checked on the way."""
+    done = subprocess.run([COMMAND, *words, "--help"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert max(map(len, done.stdout.splitlines())) <= 120
+    _, _, commands = done.stdout.partition("\nCommands:\n")
+    verbs = [line.split(maxsplit=1) for line in commands.splitlines()]
+    # Every verb is told in a whole sentence.
+    assert all(len(verb) == 2 and verb[1].endswith(".") and "..." not in verb[1] for verb in verbs), done.stdout
+    return [words, *(found for verb, _ in verbs for found in helps(*words, verb))]
+
+
+def test_help_of_every_verb() -> None:
+    """Every verb has a help that ends with 0, is not cut short, and fits; those of the other two commands fit as well."""
+    assert {("hold", "release"), ("log", "init"), ("vhost", "rename"), ("check",)} <= set(helps())
+    for name, status in (("secure-sendmail-releaser", 0), ("secure-sendmail-enqueue", 64)):
+        done = subprocess.run([COMMAND.with_name(name), "--help"], capture_output=True, text=True)
+        assert done.returncode == status
+        said = (done.stdout + done.stderr).splitlines()
+        assert said[0].startswith(f"{name} - ") and max(map(len, said)) <= 120
+        assert any(line.startswith("Exit status: 0") for line in said)

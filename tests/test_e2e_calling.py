@@ -7,6 +7,8 @@ import os
 import pwd
 import re
 import shlex
+import shutil
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -90,6 +92,42 @@ def test_options_that_name_a_file_are_told_to_syslog(site: Host, tmp_path: Path)
     path.unlink()
 
 
+def test_full_name_is_cut(site: Host) -> None:
+    """A -F of any length makes no line that an MTA would break, and the sender stays on it."""
+    for name in ("x" * 100_000, "ä" * 50_000, 'a\\"' * 30_000):
+        site.send(VHOST, "-t", "-f", "user@a.example", "-F", name)
+        (path,) = submitted(site)
+        (line,) = re.findall(r"^From: .*$", path.read_text(), re.MULTILINE)
+        assert len(line) < 998 and line.endswith(" <user@a.example>")
+        path.unlink()
+
+
+def test_spool_that_is_not_the_first_word(site: Host) -> None:
+    """Behind another option, where Nodemailer and s-nail would put it, --spool is refused with a word on why."""
+    run = subprocess.run([ENQUEUE, "-i", "--spool", site.spool, VHOST], input=text("one@x.example"), capture_output=True)
+    assert (run.returncode, run.stderr) == (64, b"secure-sendmail-enqueue: --spool must be the first word\n")
+
+
+@pytest.mark.server
+def test_options_open_no_path_and_reach_no_command(site: Host, tmp_path: Path) -> None:
+    """Whatever path or command the values of all options name: no file of that name is looked at, no process begun."""
+    evil = tmp_path / "evil"
+    values = [f"-{flag}{evil}" for flag in "ABCFLNORVXdehop"] + [f"-oQ{evil}", f"-oC{evil}", f"-ODataFileBufferSize={evil}"]
+    values += [f"-f|{evil}", f"-X|{evil}", f"-C$({evil})", f"-O`{evil}`"]
+    trace = tmp_path / "trace"
+    strace = ["strace", "-f", "-qq", "-s", "999", "-e", "trace=%file,%process,%network", "-o", trace]
+    command = [ENQUEUE, "--spool", site.spool, VHOST, *values, "-t"]
+    run = subprocess.run([*strace, *command], input=text("one@x.example"), capture_output=True, timeout=60)
+    assert (run.returncode, run.stdout, run.stderr) == (0, b"", b"")
+    calls = trace.read_text().splitlines()
+    assert not [line for line in calls if "evil" in line and " execve(" not in line]
+    assert not [line for line in calls if re.search(r" (clone3?|fork|vfork)\(", line)]
+    assert sum(" execve(" in line for line in calls) == 1
+    assert not [line for line in calls if "AF_INET" in line]
+    (path,) = submitted(site)
+    path.unlink()
+
+
 @pytest.mark.server
 def test_notify_reaches_an_mta_that_offers_it(postfix: Postfix) -> None:
     """-N is passed on, without "success", to an MTA with DSN, also from the hold queue."""
@@ -139,6 +177,52 @@ def test_sender(row: list[str]) -> None:
     assert held["sender"] == logged["sender"] == sender
 
 
+@pytest.mark.parametrize("by_signal", [True, False], ids=["SIGHUP", "change"])
+def test_sender_after_a_reload(by_signal: bool) -> None:
+    """A policy holds for what is taken from then on; held mail is released with the sender that it was held with."""
+
+    def settings(policy: str, limit: str) -> str:
+        return f'[vhosts."{VHOST}"]\nlimits = ["{limit}"]\nsender = "new@a.example"\nsender_policy = "{policy}"\n'
+
+    with Host(extra=settings("allow", "0/1h")) as host:
+        host.add(VHOST)
+        with host.running():
+            host.send(VHOST, "-t", "-f", "given@b.example")
+            host.wait(host.held, "it is held")
+            start = len(host.log())
+            host.configure(extra=settings("force", "unlimited"))
+            if by_signal:
+                host.signal(signal.SIGHUP)
+            host.wait_for_log("releaser.toml", start=start)
+            host.send(VHOST, "-t", "-f", "given@b.example")
+            host.wait(lambda: host.rows("released"), "the second one is sent")
+            host.cli("hold", "release", *host.held())
+            host.wait(lambda: len(host.rows("released")) == 2, "the first one is sent")
+        assert [row["sender"] for row in host.rows("released")] == ["new@a.example", "given@b.example"]
+
+
+def test_sender_in_the_shared_maildrop() -> None:
+    """There the settings of the name that is claimed decide, also those of a pattern; where none has any, the uid does."""
+    extra = (
+        '[vhosts."www.claimed.example"]\nsender = "user1@claimed.example"\nsender_policy = "force"\n'
+        '[vhosts."*.own.example"]\nsender = "user1@own.example"\nsender_policy = "own-domains"\n'
+    )
+    with Host(default=["0/1h"], extra=extra) as host:
+        host.add(VHOST)
+        host.cli("vhost", "add", "--unregistered")
+        for vhost in ("www.claimed.example", "www.own.example", "www.other.example"):
+            host.enqueue(vhost, "-t", "-f", "given@b.example")
+            host.enqueue(vhost, "-t")
+        assert host.releaser("--once").returncode == 0
+        senders = {(row["vhost"], row["sender"]) for row in host.rows("held")}
+    assert senders == {
+        ("www.claimed.example", "user1@claimed.example"),
+        ("www.own.example", "user1@own.example"),
+        ("www.other.example", "given@b.example"),
+        ("www.other.example", LOGIN),
+    }
+
+
 # What a caller may claim: bytes that a terminal obeys, that are no UTF-8, that end a line, that are markup.
 HOSTILE = b"/home/\x1b[31mred\xff\xfe\n[/b]\xe2\x80\xae\x9b/x.php"
 
@@ -170,7 +254,7 @@ def test_origin(environment: dict[str, str], header: bytes, origin: str, tmp_pat
         expected = program if origin == "PYTHON" else origin
         assert held["script"] == facts["script"] == logged["script"] == expected
         assert (facts["cwd"], logged["cwd"]) == (str(tmp_path), str(tmp_path))
-        assert expected in host.cli("hold", "list").stdout
+        assert expected in host.cli("hold", "list").stdout and expected in host.cli("log").stdout
         assert re.search(rf"^script \(claimed\): +{re.escape(expected)}$", shown, re.MULTILINE)
         assert re.search(rf"^cwd \(claimed\): +{re.escape(str(tmp_path))}$", shown, re.MULTILINE)
         assert re.search(rf"^program \(claimed\): +{re.escape(program)}$", shown, re.MULTILINE)
@@ -184,13 +268,19 @@ def test_origin_of_a_hostile_caller(tmp_path: Path) -> None:
     with Host(default=["0/1h"]) as host:
         host.add(VHOST)
         header = b"X-PHP-Originating-Script: " + HOSTILE.replace(b"\n", b"\n ") + b"\n"
-        run = host.enqueue(VHOST, "-t", message=header + text("one@x.example"), env={b"SCRIPT_FILENAME": HOSTILE}, cwd=directory)
+        program = directory + b"/[b]\n\x9b2J"
+        shutil.copy("/bin/sh", program)
+        run = subprocess.run(
+            [program, "-c", '"$@"; exit $?', "sh", ENQUEUE, "--spool", host.spool, VHOST, "-t"],
+            input=header + text("one@x.example"), capture_output=True, env={b"SCRIPT_FILENAME": HOSTILE}, cwd=directory,
+        )  # fmt: skip
         assert run.returncode == 0, run.stderr
         assert host.releaser("--once").returncode == 0
         (held,) = host.json("hold", "list")
         everything = [
             host.cli("hold", "list").stdout, host.cli("hold", "show", held["queue_id"]).stdout, host.cli("log").stdout, host.log()
         ]  # fmt: skip
+        assert re.search(r"^program \(claimed\): .*/\[b\]", everything[1], re.MULTILINE)
         stored = (host.spool / "hold" / held["queue_id"]).read_bytes()
     for said in (*everything, stored.partition(b"\n\n")[0].decode()):
         assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", said)

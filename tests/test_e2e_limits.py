@@ -163,6 +163,25 @@ def test_limits_count_a_repeated_recipient_once() -> None:
             assert sorted(row["recipient"].lower() for row in host.rows("released")) == ["a@x.example", "b@x.example"]
 
 
+@pytest.mark.parametrize(
+    ("words", "message", "count"),
+    [
+        (["-t"], "To: " + ",\n\t".join(f"r{number}@x.example" for number in range(200)) + "\n\ntext\n", 200),
+        (["-i", "a@x.example", "b@x.example,c@x.example"], "To: nobody@x.example\n\ntext\n", 3),
+        (["-t", "A <a@X.example>"], "To: a@x.example\nCc: (a) a@x.EXAMPLE\nBcc: <a@x.example>\n\ntext\n", 1),
+    ],
+    ids=["folded", "arguments", "the same"],
+)
+def test_limits_count_what_the_command_is_told(words: list[str], message: str, count: int) -> None:
+    """Recipients on 200 lines are 200, three in the arguments three, and one that is named everywhere is one."""
+    with Host(default=[f"{count}/1h"]) as host:
+        host.add(VHOST)
+        host.send(VHOST, *words, message=message.encode())
+        assert host.releaser("--once").returncode == 0
+        assert host.json("limits", "show", VHOST)["windows"][0]["used"] == count
+        assert len({row["recipient"] for row in host.rows("released")}) == len(host.rows("released")) == count
+
+
 def test_limits_count_messages() -> None:
     """With count = "messages" a mail to five is one."""
     with Host(default=["2/1h"], extra='count = "messages"\n') as host:

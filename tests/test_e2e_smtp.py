@@ -113,6 +113,17 @@ def test_smtp_many_recipients(site: Host, wire: Wire, sink: Sink) -> None:
     assert Counter(row["recipient"] for row in site.rows("released")) == Counter(recipients)
 
 
+def test_smtp_thousands_of_recipients(site: Host, wire: Wire, sink: Sink) -> None:
+    """5,000 recipients of one mail, in the header and among the arguments, get it once each."""
+    recipients = [f"user{number}@x{number % 7}.example" for number in range(5_000)]
+    site.send(VHOST, "-t", "-i", "--", *recipients[2_500:], message=text(*recipients[:2_600]))
+    wire.wait(50, timeout=30)
+    site.wait_until_idle()
+    delivered = sink.wait(50)
+    assert Counter(each for message in delivered for each in message.recipients) == Counter(recipients)
+    assert Counter(row["recipient"] for row in site.rows("released")) == Counter(recipients)
+
+
 @pytest.mark.parametrize(
     "recipient", ["root", "all", "a%b@x.example", "x.example!user@y.example", "root@", "two@x.example@y.example"]
 )

@@ -150,6 +150,22 @@ def test_hostile_text_is_shipped(host: Host, server: MariaDB) -> None:
     assert [row[0] for row in server.rows("seq")] == [1, 2]
 
 
+def test_hostile_origin_is_text(host: Host, server: MariaDB, tmp_path: Path) -> None:
+    """Page, header and directory of a hostile caller are in MySQL what they are in the ledger: text that can be shown."""
+    hostile = b"/x'; DROP TABLE mail_log; -- \\\x1b[31m\xff\xe2\x80\xae[b]\x9b\n%s"
+    directory = os.fsencode(tmp_path) + hostile
+    os.mkdir(directory)
+    host.add(VHOST)
+    script = b"X-PHP-Originating-Script: 33:" + hostile.replace(b"\n", b"\n ") + b"\n"
+    message = script + b"To: a@x.example\n\ntext\n"
+    assert host.enqueue(VHOST, "-t", message=message, env={b"SCRIPT_FILENAME": hostile}, cwd=directory).returncode == 0
+    assert host.releaser("--once").returncode == 0
+    (logged,) = host.json("log")
+    assert server.rows("script, cwd") == [(logged["script"], logged["cwd"])]
+    for text in (logged["script"], logged["cwd"]):
+        assert "DROP TABLE" in text and text.isprintable()
+
+
 def test_password_that_others_can_read_is_refused(host: Host, server: MariaDB, tmp_path: Path) -> None:
     """The sentence names the file, its mode and what to run; mail goes on."""
     (tmp_path / "password").chmod(0o644)

@@ -101,7 +101,10 @@ class _DefaultGroup(click.Group):
 
 @click.group("log", cls=_DefaultGroup)
 def log_() -> None:
-    """What became of every recipient of every mail; `log show` is the default."""
+    """What became of every mail.
+
+    `show` need not be named: `log --vhost V` is `log show --vhost V`; `log show --help` has the filters.
+    """
 
 
 @log_.command("show")
@@ -111,7 +114,7 @@ def log_() -> None:
 @json_option
 @pass_context
 def log_show(context: Context, chosen: Filters, event: str | None, last: int | None, as_json: bool) -> None:
-    """What became of every recipient of every mail, oldest first, from the ledger."""
+    """A row per event and recipient. Oldest first, from the ledger."""
     condition, values = chosen.condition("logged_at", "lower(recipient) GLOB ?")
     if event is not None:
         condition += " AND event = ?"
@@ -128,6 +131,7 @@ def log_show(context: Context, chosen: Filters, event: str | None, last: int | N
         "sender",
         "recipient",
         "subject",
+        "script",
         "reason",
         "mta_queue_id",
         "actor",
@@ -141,7 +145,7 @@ def log_show(context: Context, chosen: Filters, event: str | None, last: int | N
 @click.option("--password-file", metavar="FILE", help="That user's password.")
 @pass_context
 def log_init(context: Context, only_print: bool, user: str | None, password_file: str | None) -> None:
-    """Make the tables of the log in the configured database; safe to run again."""
+    """Make the tables in the configured database. Safe to run again."""
     try:
         schema = SCHEMA.read_text(encoding="utf-8")
     except OSError as error:

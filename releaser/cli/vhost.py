@@ -33,7 +33,7 @@ def vhost() -> None:
 @click.option("--unregistered", is_flag=True, help="Make the one shared maildrop, for all vhosts that are not added.")
 @pass_context
 def add(context: Context, name: str, users: tuple[str, ...], group: str | None, unregistered: bool) -> None:
-    """Make the maildrop of VHOST, and whatever of the spool and the state is missing."""
+    """Make the maildrop of VHOST. Whatever of the spool and the state is missing is made, too."""
     if unregistered == bool(name) or (unregistered and (users or group)):
         raise click.UsageError("give a VHOST, with --user NAME where customers have users of their own, or alone --unregistered")
     name = layout.UNREGISTERED if unregistered else _vhost(name)
@@ -107,7 +107,7 @@ def list_(context: Context, as_json: bool) -> None:
 @click.argument("new", metavar="NEW")
 @pass_context
 def rename(context: Context, old: str, new: str) -> None:
-    """Give a vhost another name; its windows, held mail and users stay with it."""
+    """Give a vhost another name. Its windows, held mail and users stay with it."""
     old, new = _vhost(old), _vhost(new)
     settings = context.config
     who = _existing(settings)
@@ -152,7 +152,7 @@ def rename(context: Context, old: str, new: str) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @pass_context
 def remove(context: Context, name: str, keep_mail: bool, delete_mail: bool, dry_run: bool, yes: bool) -> None:
-    """Remove the maildrop of VHOST; while mail of it exists, only when told what to do with that."""
+    """Remove the maildrop of VHOST. While mail of it exists, only when told what to do with that."""
     if keep_mail and delete_mail:
         raise click.UsageError("either --keep-mail or --delete-mail")
     name = name if name == layout.UNREGISTERED else _vhost(name)
@@ -209,7 +209,7 @@ def remove(context: Context, name: str, keep_mail: bool, delete_mail: bool, dry_
 @click.option("--why", required=True, metavar="TEXT", help="The reason, for the log.")
 @pass_context
 def stop(context: Context, name: str, why: str) -> None:
-    """Hold everything of VHOST from now on; of _unregistered, everything that comes through the shared maildrop."""
+    """Hold everything of VHOST from now on. Of _unregistered: everything that comes through the shared maildrop."""
     if not why.strip():
         raise click.UsageError("--why is empty: say for the log why it is stopped")
     name = context.known_vhost(name)
@@ -225,7 +225,7 @@ def stop(context: Context, name: str, why: str) -> None:
 @click.option("--why", default="", metavar="TEXT", help="The reason, for the log.")
 @pass_context
 def resume(context: Context, name: str, why: str) -> None:
-    """End a stop; what was held meanwhile stays held until it is released."""
+    """End a stop. What was held meanwhile stays held until it is released."""
     name = name.lower()
     if not context.ledger.resume(name, identity.actor(), why):
         raise Failed(f"{name}: is not stopped; run: secure-sendmail status")
