@@ -144,9 +144,13 @@ def is_address(text: str) -> bool:
 
 
 def one_mailbox(address: str) -> bool:
-    """Whether the MTA delivers ADDRESS to one mailbox as far as can be known: it has a domain, and no `%` or `!`."""
+    """Whether the MTA delivers ADDRESS to that one mailbox as far as can be known.
+
+    It has a domain, and before that something without `%`, `!` and `@`: Postfix looks inside quotes for these where the
+    domain is its own (resolve_dequoted_address), and delivers what is empty to MAILER-DAEMON.
+    """
     local, domain = split(address)
-    return bool(domain) and not set("%!") & set(local)
+    return bool(domain) and local != '""' and not set("%!@") & set(local)
 
 
 def split(address: str) -> tuple[str, str]:

@@ -310,7 +310,7 @@ class Releaser:
                 None,
             )
         if not all(envelope.one_mailbox(recipient) for recipient in row.remaining):
-            return "ambiguous recipient: without a domain, or with % or !, the MTA may take it for many", None
+            return "ambiguous recipient: without a domain or a name, or with %, ! or two @, the MTA may take it for others", None
         for account in self._accounts_of(row):
             excess = account.exceeded(row.recipients, time.time())
             if excess is not None:

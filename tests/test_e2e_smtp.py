@@ -125,7 +125,11 @@ def test_smtp_thousands_of_recipients(site: Host, wire: Wire, sink: Sink) -> Non
 
 
 @pytest.mark.parametrize(
-    "recipient", ["root", "all", "a%b@x.example", "x.example!user@y.example", "root@", "two@x.example@y.example"]
+    "recipient",
+    [
+        *("root", "all", "a%b@x.example", "x.example!user@y.example", '"two@x.example"@y.example', '""@y.example'),
+        *("root@", "two@x.example@y.example"),
+    ],
 )
 def test_smtp_recipients_that_may_be_many_are_held(site: Host, wire: Wire, recipient: str) -> None:
     """An address that the MTA may expand into others is held, or refused at the door; the mail behind it flows."""
@@ -133,7 +137,7 @@ def test_smtp_recipients_that_may_be_many_are_held(site: Host, wire: Wire, recip
     site.send(VHOST, message=text("one@x.example", subject="good"))
     (message,) = on_wire(wire, 1)
     assert subject(message.data) == "good"
-    if recipient in ("root", "all", "a%b@x.example", "x.example!user@y.example"):
+    if recipient not in ("root@", "two@x.example@y.example"):
         assert run.returncode == 0
     if run.returncode == 0:
         (held,) = site.wait(lambda: site.json("hold", "list"), "it is held")

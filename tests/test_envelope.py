@@ -222,10 +222,13 @@ ONE_MAILBOX = [
     # Routes.
     ("a%b@x.y", False), ("h!u@x.y", False), ("a%b%c@x.y", False), ('"a%b"@x.y', False), ('"h!u"@x.y', False), ("%@x.y", False),
     ("a%b", False), ("h!u", False),
+    # Postfix looks inside the quotes where the domain is its own, and delivers to b@c.d, and to MAILER-DAEMON.
+    ('"b@c.d"@x.y', False), ('"b\\@c.d"@x.y', False), ('"@r.z:b@c.d"@x.y', False), ('"@"@x.y', False), ('""@x.y', False),
+    ('"\\""@x.y', True), ('" "@x.y', True),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("address", "one"), ONE_MAILBOX)
 def test_one_mailbox(address: str, one: bool) -> None:
-    """An address is one mailbox where it has a domain, and neither `%` nor `!` in front of it."""
+    """An address is one mailbox where it has a domain, and in front of it something, but no `%`, `!` or `@`."""
     assert envelope.one_mailbox(address) is one
