@@ -7,6 +7,8 @@ Ambiguous instead of guessing. Standard: RFC 5322 section 3.4, with the obsolete
 """
 
 MAX_ADDRESS = 320
+# Of a domain's labels; as an A-label none has fewer characters than as it is written.
+MAX_LABEL = 63
 
 _SPACE = b" \t"
 _SPECIAL = b'<>@,;:()[]"\\'
@@ -17,6 +19,8 @@ _TIES = (b".", b"%", b"!", b"|")
 
 _NOT_ATEXT = b'()<>[]:;@\\," \t'
 _LABEL = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-"
+# What IDNA takes for a dot (RFC 3490 section 3.1).
+_DOTS = {ord(mark): "." for mark in "。．｡"}
 _LITERAL = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:."
 
 # A token is its kind and its bytes. Kinds: w (a word: atom or quoted string), l (domain literal), a (an angle
@@ -164,6 +168,9 @@ def _checked(address: bytes) -> bytes:
     if domain and not domain.isascii():
         if set("ßẞς") & set(text[len(local.decode()) :]):
             raise Ambiguous("a domain of two readings (IDNA 2003 and 2008 disagree on ß and ς): write it as xn--…")
+        # The codec's time grows with the square of a label's length, and it looks at that last.
+        if max(map(len, domain[1:].decode().translate(_DOTS).split("."))) > MAX_LABEL:
+            raise Ambiguous(f"a domain with a part of more than {MAX_LABEL} characters")
         # RFC 5891: MTAs without SMTPUTF8 take a domain as A-labels only.
         try:
             domain = b"@" + domain[1:].decode().encode("idna")

@@ -1,6 +1,7 @@
 """The address lexer: as many mailboxes as the MTA delivers to, or Ambiguous."""
 
 import re
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -167,6 +168,16 @@ def test_bad_international_address_is_refused(value: bytes) -> None:
     """Latin-1, what is no host name behind the mapping, and what becomes too long, is refused."""
     with pytest.raises(address.Ambiguous):
         address.mailboxes(value)
+
+
+@pytest.mark.parametrize("end", ["", ".c", "。c"])
+def test_long_international_domain_is_refused_at_once(end: str) -> None:
+    """The codec takes time that grows with the square of a label's length, so it sees none that is too long."""
+    domain = "".join(chr(0x4E00 + number) for number in range(10_000))
+    start = time.process_time()
+    with pytest.raises(address.Ambiguous):
+        address.mailboxes(f"a@{domain}{end}".encode())
+    assert time.process_time() - start < 1
 
 
 def test_length() -> None:
