@@ -1,5 +1,7 @@
 """The envelope: what is written is what is read, and what the page does not allow is no envelope."""
 
+import tracemalloc
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -174,6 +176,8 @@ BAD_ADDRESSES = [
     "a@x.y>",
     "a>@x.y", "<a@x.y", "a@x.y> SIZE=1", "a@x.y\r\nDATA", "a\n@x.y", "a@x.y\n", "a\r@x.y", "a\0@x.y", "a@x\0.y", "a\t@x.y",
     "a\x7f@x.y",
+    # Hidden, or turning the direction of what follows.
+    "a\u200bb@x.y", "a\u202eb@x.y", '"a\u2028b"@x.y', '"\u2066a"@x.y', "a\ufeff@x.y", "a\u00a0b@x.y",
     '"a\nb"@x.y', '"a\rb"@x.y', '"a\0b"@x.y', '"a\tb"@x.y', '"a\\\nb"@x.y', '"a\x7f"@x.y', "a\x85b@x.y", '"a\x9bb"@x.y',
     "a@.x", "a@x.", "a@x..y", "a@-x.y", "a@x.y-", "a@x.-y", "a@x-.y",
     '"a@x.y', 'a"@x.y', '"a"b"@x.y', '"a\\"@x.y', '"a"b@x.y', 'a"b"@x.y', "a,b@x.y", "a;b@x.y", "a:b@x.y", "(c)a@x.y", "a(c)@x.y",
@@ -194,6 +198,15 @@ def test_good_address(address: str) -> None:
 def test_bad_address(address: str) -> None:
     """Nothing else may: no space outside quotes, no control character, no angle bracket, no name that is no host name."""
     assert not envelope.is_address(address)
+
+
+def test_long_addresses_are_refused_at_once() -> None:
+    """However it goes on, what is longer than an address costs no more memory than itself."""
+    text = "a@" + "a." * 1_000_000
+    tracemalloc.start()
+    assert not envelope.is_address(text) and not envelope.is_address('"' + text)
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
 
 
 @PROPERTY
