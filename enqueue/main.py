@@ -17,11 +17,12 @@ error and in syslog, and nothing is left in new/.
 Files: DIR/vhosts/VHOST/{tmp,new,policy}, DIR/wake; DIR is /var/spool/php-secure-sendmail.
 """
 
-# The module signal would take longer to load than all of ours.
+# The module behind `signal`, which is slow to load for its enumerations.
 import _signal  # type: ignore[import-not-found]
 import os
 import sys
 import time
+from collections.abc import Iterator
 
 from enqueue import address, message, options
 from enqueue.failure import DATAERR, IOERR, USAGE, Failure
@@ -82,9 +83,7 @@ def enqueue(argv: list[str]) -> None:
         (b"From", _from(call.full_name, sender or policy.sender or _login())),
         (b"Message-ID", message_id),
     ]
-    # Ctrl-C reaches PHP's command line and us; PHP may survive it, and must not hear that a submitted mail failed.
-    _signal.signal(_signal.SIGINT, _signal.SIG_IGN)
-    maildrop.drop(name, head, mail.chunks(policy.tag, missing), policy.max_size)
+    maildrop.drop(name, head, _seen_through(mail.chunks(policy.tag, missing)), policy.max_size)
     try:
         _tell(call, maildrop, policy, now)
     except BaseException:
@@ -125,6 +124,12 @@ def envelope(
     ]
     lines += [key + _one_line(value) for key, value in claims if value]
     return b"\n".join(lines) + b"\n\n"
+
+
+def _seen_through(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """CHUNKS; from their end on no signal makes a failure of what is then submitted, lest the caller send it again."""
+    yield from chunks
+    _signal.pthread_sigmask(_signal.SIG_BLOCK, _signal.valid_signals())
 
 
 def _recipients(call: options.Call, mail: message.Message) -> list[bytes]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,31 @@ def test_enqueue_ended_before_each_call(tmp_path: Path) -> None:
     assert ends[-1] == (0, "S3")
     # Each state on the way was really seen: before the first file, with one half written, and submitted but unanswered.
     assert {state for status, state in ends if status == ENDED} == {"S1", "S2", "S3"}
+
+
+# The caller's terminal, or its time limit, tells the process to end behind the commit.
+SIGNALLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+number = int(sys.argv.pop(1))
+fsync = os.fsync
+def signalled(fd):
+    os.kill(os.getpid(), number)
+    fsync(fd)
+os.fsync = signalled
+from enqueue.main import main
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, signal.SIGXCPU])
+def test_enqueue_told_to_end_behind_the_commit(tmp_path: Path, number: signal.Signals) -> None:
+    """A message that is submitted is answered with 0: who is told that it failed sends it again."""
+    installed(tmp_path)
+    words = [sys.executable, "-IS", "-c", SIGNALLED, ROOT, str(int(number)), "--spool", tmp_path / "spool", VHOST, "-t"]
+    done = subprocess.run(words, input=b"To: a@x.example\n\ntext\n", capture_output=True)
+    assert len(list((tmp_path / "spool/vhosts" / VHOST / "new").iterdir())) == 1
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 # Notes the calls that durability rests on, with the descriptor where they have one.
