@@ -9,7 +9,7 @@ from enqueue.failure import DATAERR, Failure
 MAX_FIELD = 102_400
 # Postfix reads a line in pieces of so many bytes, and looks for a field's name, or `From `, in the first one only.
 MAX_START = 2048
-MAX_HEADER = 1 << 20
+MAX_HEADER, MAX_LINES = 1 << 20, 20_000
 
 # Never passed on, whoever wrote them: who got a blind copy, and the trace header that only final delivery adds.
 ALWAYS_DROPPED = frozenset((b"bcc", b"resent-bcc", b"return-path"))
@@ -154,6 +154,9 @@ def _header(data: bytes) -> tuple[list[Field], int]:
     end = _header_end(data[:MAX_HEADER], start)
     if end >= MAX_HEADER and len(data) > MAX_HEADER:
         raise Failure(DATAERR, f"the header is longer than {MAX_HEADER} bytes")
+    if data.count(b"\n", start, end) > MAX_LINES:
+        # Each costs its reader as much as a hundred bytes.
+        raise Failure(DATAERR, f"the header has more than {MAX_LINES} lines")
     if b"\0" in data[start:end]:
         raise Failure(DATAERR, "a NUL byte in the header")
     return _fields(data[start:end]), end

@@ -218,16 +218,21 @@ class VhostSettings:
     # Who may submit; None: nobody but in private mode.
     users: tuple[str, ...] | None
 
-    def envelope_sender(self, vhost: str, given: str | None, login: Callable[[], str]) -> str:
-        """The sender for a message of VHOST whose caller has GIVEN one, or None; LOGIN says it where nobody else does."""
+    def envelope_sender(self, vhost: str | None, given: str | None, login: Callable[[], str]) -> str:
+        """The sender for a message whose caller has GIVEN one, or None; LOGIN says it where nobody else does.
+
+        VHOST is None where it is only claimed: a name that anyone can claim gives the right to no domain.
+        """
         if given is not None and self._may_send_as(vhost, given):
             return given
         return self.sender or login()
 
-    def _may_send_as(self, vhost: str, address: str) -> bool:
+    def _may_send_as(self, vhost: str | None, address: str) -> bool:
         if self.sender_policy != "own-domains" or not address:
             return self.sender_policy != "force"
-        domains = {vhost, vhost.removeprefix("www."), *(self.sender_domains or ())}
+        domains = {*(self.sender_domains or ())}
+        if vhost is not None:
+            domains |= {vhost, vhost.removeprefix("www.")}
         if self.sender:
             domains.add(envelope.split(self.sender)[1].lower())
         return envelope.split(address)[1].lower() in domains

@@ -15,6 +15,8 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
+from releaser.visible import visible
+
 FILE = "ledger.sqlite"
 
 # States of a message. The directory that holds it: ACTIVE new/ or active/, HELD hold/, TRASHED trash/, FAILED failed/,
@@ -331,13 +333,15 @@ class Ledger:
     def log(self, event: str, row: Row, now: float, recipients: Iterable[tuple[str, str, str]], actor: str = "") -> None:
         """A log row per recipient; RECIPIENTS are (recipient, reason, MTA queue id)."""
         columns = [name for name in LOG_COLUMNS if name != "seq"]
+        # People read these in MySQL with whatever they have.
+        message_id, subject, script, cwd = map(visible, (row.message_id, row.subject, row.script, row.cwd))
         self._db.executemany(
             f"INSERT INTO mail_log ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
             [
                 (
-                    self.node, self._host, utc(now), row.arrived_at, event, row.queue_id, row.message_id, row.vhost, row.uid,
-                    row.verified, row.sender, recipient, row.size, row.subject, row.script, row.cwd, reason, mta_queue_id,
-                    actor,
+                    self.node, self._host, utc(now), row.arrived_at, event, row.queue_id, message_id, row.vhost, row.uid,
+                    row.verified, row.sender, recipient, row.size, subject, script, cwd, visible(reason), mta_queue_id,
+                    visible(actor),
                 )
                 for recipient, reason, mta_queue_id in recipients
             ],

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 # More than enqueue takes, since it adds to the header what is missing and our tag.
-MAX_HEADER = 2 << 20
+MAX_HEADER, MAX_LINES = 2 << 20, 21_000
 # Postfix drops without a word what a field has beyond this many bytes (header_size_limit).
 MAX_FIELD = 102_400
 ALWAYS_DROPPED = frozenset((b"bcc", b"resent-bcc", b"return-path"))
@@ -22,7 +22,7 @@ MAX_SHOWN = 255
 
 
 class HeaderTooLong(ValueError):
-    """The header does not end within MAX_HEADER bytes."""
+    """The header does not end within MAX_HEADER bytes and MAX_LINES lines."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,18 @@ class Header:
 
     def text(self, name: str) -> str:
         """The first field called NAME (lower case), unfolded, decoded (RFC 2047) and cut, for people to read."""
+        return decoded(self._first(name))[:MAX_SHOWN]
+
+    @property
+    def message_id(self) -> str:
+        """The Message-ID, which has no encoded words; empty where there is none."""
+        return self._first("message-id")[:MAX_DECODED].decode("utf-8", "replace").replace("\n", "").strip()[:MAX_SHOWN]
+
+    def _first(self, name: str) -> bytes:
         for field_name, raw in self.fields:
             if field_name == name.encode():
-                return decoded(raw.partition(b":")[2])[:MAX_SHOWN]
-        return ""
+                return raw.partition(b":")[2]
+        return b""
 
     @property
     def longest(self) -> int:
@@ -48,7 +56,7 @@ class Header:
         """The header to send: TAG first and only ours; MESSAGE_ID where there is none; the empty line; the first body bytes."""
         dropped = ALWAYS_DROPPED | {name.lower().encode() for name, _ in tag}
         head = [f"{name}: {value}\n".encode() for name, value in tag]
-        if not self.text("message-id"):
+        if not self.message_id:
             dropped |= {b"message-id"}
             head.append(f"Message-ID: {message_id}\n".encode())
         head += [raw for name, raw in self.fields if name not in dropped]
@@ -91,8 +99,11 @@ def read_header(chunks: Iterator[bytes]) -> Header:
     data = b"".join(pieces)
     head = data[:MAX_HEADER]
     starts: list[int] = []
-    position = 0
+    position = lines = 0
     while position < len(head):
+        lines += 1
+        if lines > MAX_LINES:
+            raise HeaderTooLong(f"the header has more than {MAX_LINES} lines")
         line_end = head.find(b"\n", position) + 1
         if not line_end:
             # Cut by the limit: whatever the line is, it does not end within it.

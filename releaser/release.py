@@ -351,7 +351,9 @@ class Releaser:
         queue_id = layout.new_queue_id()
         # In the shared maildrop the claim is all there is.
         vhost = found.vhost if submitted.maildrop == layout.UNREGISTERED else submitted.maildrop
-        sender = self.config.vhost(vhost).envelope_sender(vhost, found.sender, partial(_login, status.st_uid))
+        sender = self.config.vhost(vhost).envelope_sender(
+            vhost if submitted.maildrop == vhost else None, found.sender, partial(_login, status.st_uid)
+        )
         # A recipient named twice is one; enqueue has seen to that, but who writes into new/ need not.
         recipients = list({_comparable(address): address for address in found.recipients}.values())
         return Row(
@@ -369,7 +371,7 @@ class Releaser:
             picked_up_at=ledger.utc(time.time()),
             uid=status.st_uid,
             verified=int(vhost == submitted.maildrop and status.st_uid in self._uids(vhost)),
-            message_id=submitted.header.text("message-id") or f"<{queue_id}@{vhost}>",
+            message_id=submitted.header.message_id or f"<{queue_id}@{vhost}>",
             subject=submitted.header.text("subject"),
             script=found.origin,
             cwd=found.cwd,

@@ -18,6 +18,7 @@ import page
 import pytest
 from host import ENQUEUE, ROOT, Host, smtp, text
 from servers import Postfix, Sink, Wire
+from system import System
 
 VHOST = "www.a.example"
 LOGIN = f"{pwd.getpwuid(os.getuid()).pw_name}@{os.uname().nodename}"
@@ -221,6 +222,19 @@ def test_sender_in_the_shared_maildrop() -> None:
         ("www.other.example", "given@b.example"),
         ("www.other.example", LOGIN),
     }
+
+
+@pytest.mark.server
+def test_sender_of_a_claimed_name() -> None:
+    """Who claims a name in the shared maildrop has not made its domain his own."""
+    with System(extra='[vhosts."*"]\nsender_policy = "own-domains"\nsender = "safe@mail.example"\n') as system:
+        system.cli("vhost", "add", "--unregistered")
+        system.cli("vhost", "add", "www.c1.example", "--user", "c1")
+        for vhost, sender in (("bank.example", "ceo@bank.example"), ("www.c1.example", "user@c1.example")):
+            system.send(vhost, "-f", sender, "-t", message=text("one@x.example"))
+        system.releaser("--once")
+        senders = {row["vhost"]: row["sender"] for row in system.rows()}
+    assert senders == {"bank.example": "safe@mail.example", "www.c1.example": "user@c1.example"}
 
 
 # What a caller may claim: bytes that a terminal obeys, that are no UTF-8, that end a line, that are markup.

@@ -126,9 +126,11 @@ def test_longest_header_that_enqueue_takes(less: int) -> None:
 
 
 def test_header_without_end() -> None:
-    """A header above the limit is refused, a body is not."""
-    with pytest.raises(released.HeaderTooLong):
-        release([b"X: 1\n" * (released.MAX_HEADER // 5 + 1)])
+    """A header above one of the limits is refused, a body is not."""
+    for long in (b"X: " + b"1" * released.MAX_HEADER, b"X: 1\n" * (released.MAX_LINES + 1)):
+        with pytest.raises(released.HeaderTooLong):
+            release([long])
+    assert enqueued.MAX_LINES + 100 < released.MAX_LINES
     body = b"X: 1\n" * (released.MAX_HEADER // 5 + 1)
     assert release([b"To: a@x.y\n\n" + body]).endswith(b"\n\n" + body)
 
@@ -136,11 +138,15 @@ def test_header_without_end() -> None:
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("piece", [b" \n", b"X: 1\n", b" \r", b"Bcc:\n", b"\r", b"X:\n \n"])
 def test_long_header_is_read_soon(piece: bytes) -> None:
-    """The longest header, whatever its lines, keeps the daemon from other vhosts' mail for less than 2 s of CPU."""
-    data = b"X: y\n" + piece * ((released.MAX_HEADER - 100) // len(piece)) + b"\n\nb\n"
-    started = time.process_time()
-    release(cut(data, list(range(0, len(data), 1 << 18))))
-    assert time.process_time() - started < 2
+    """The longest header, whatever its lines, keeps the daemon from other vhosts' mail for less than half a second."""
+    for lines in ((released.MAX_HEADER - 100) // len(piece), released.MAX_LINES // 2 - 10):
+        data = b"X: y\n" + piece * lines + b"\n\nb\n"
+        started = time.process_time()
+        try:
+            release(cut(data, list(range(0, len(data), 1 << 18))))
+        except released.HeaderTooLong:
+            pass
+        assert time.process_time() - started < 0.5
 
 
 @pytest.mark.timeout(30)
@@ -149,7 +155,7 @@ def test_long_header_is_read_soon(piece: bytes) -> None:
 )
 def test_long_subject_is_decoded_soon(piece: bytes) -> None:
     """A Subject of 100,000 bytes is ready to be shown in less than 1 s of CPU, whatever it is made of."""
-    header = released.read_header(iter([b"Subject: " + piece * (100_000 // len(piece)) + b"\n\n"]))
+    header = released.read_header(iter([b"Subject: " + piece * (100_000 // max(len(piece), 5)) + b"\n\n"]))
     started = time.process_time()
     shown = header.text("subject")
     assert len(shown) <= released.MAX_SHOWN

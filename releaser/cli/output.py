@@ -3,7 +3,6 @@
 import io
 import json
 import sys
-import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,13 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-# Control, format (bidi marks among them), surrogate and private characters, line and paragraph separators.
-UNSEEN = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
-
-
-def visible(text: str) -> str:
-    """TEXT with every character that a terminal would obey, or not show, as an escape."""
-    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in UNSEEN else c for c in text)
+from releaser.visible import visible
 
 
 def console(target: io.StringIO) -> Console:
