@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
 
 from enqueue.failure import CANTCREAT, CONFIG, IOERR, NOPERM, UNAVAILABLE, Failure
@@ -10,6 +11,8 @@ POLICY_VERSION = b"1"
 DEFAULT_MAX_SIZE = 50 << 20
 # The shared maildrop of all vhosts that have none of their own.
 UNREGISTERED = "_unregistered"
+# Counts in tmp/REFUSED<uid>, a byte each, what was refused at the door.
+REFUSED = "refused."
 HEX = frozenset("0123456789abcdef")
 
 
@@ -36,9 +39,16 @@ class Policy:
 
     def warning(self, vhost: str, now: float) -> bytes:
         """The line that the releaser wants said to who sends as VHOST; empty where there is none, or it is too old."""
+        return self._said(b"Warning: ", vhost, now)
+
+    def refusal(self, vhost: str, now: float) -> bytes:
+        """Why no mail of VHOST is to be accepted; empty where it is, or where that is too old."""
+        return self._said(b"Refuse: ", vhost, now)
+
+    def _said(self, of: bytes, vhost: str, now: float) -> bytes:
         # What is said of the shared maildrop is said to everyone who uses it.
         for name in (vhost, UNREGISTERED):
-            key = b"Warning: " + name.encode() + b" "
+            key = of + name.encode() + b" "
             found = [line[len(key) :] for line in self._lines if line.startswith(key)]
             if found and now < self.until:
                 return found[-1]
@@ -116,6 +126,23 @@ class Maildrop:
                 os.utime(f"{self.spool}/wake/{bell}")
             except OSError:
                 pass
+
+    def count_refusal(self) -> None:
+        """Add a byte to the count that the releaser's scan finds. Raises OSError, which changes nothing."""
+        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        name = f"tmp/{REFUSED}{os.getuid()}"
+        try:
+            fd = os.open(name, flags, dir_fd=self._gate)
+        except FileNotFoundError:
+            fd = os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o640, dir_fd=self._gate)
+            os.fchmod(fd, 0o640)
+        try:
+            status = os.fstat(fd)
+            # Everybody may make a file of that name: never write into another's, or into one of another name.
+            if stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid() and status.st_nlink == 1:
+                os.write(fd, b"\n")
+        finally:
+            os.close(fd)
 
     def _create(self, temporary: str) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -10,9 +10,9 @@ Security: runs as the caller. Opens the maildrop and nothing else: no network, n
 about its caller is a claim; the releaser trusts the directory and the file's owner only.
 
 Exit status: 0 only when the message is durable in the maildrop. 64 usage or a mode that is not offered; 65 no or
-ambiguous recipients, or no message; 69 too large; 73 cannot create in tmp/; 74 a later read, write, sync or rename
-failed; 77 the maildrop is closed to this user; 78 there is no such spool or vhost. Each failure is one line on standard
-error and in syslog, and nothing is left in new/.
+ambiguous recipients, or no message; 69 too large, or the vhost's mail is refused for now; 73 cannot create in tmp/; 74 a
+later read, write, sync or rename failed; 77 the maildrop is closed to this user; 78 there is no such spool or vhost. Each
+failure is one line on standard error and in syslog, and nothing is left in new/.
 
 Files: DIR/vhosts/VHOST/{tmp,new,policy}, DIR/wake; DIR is /var/spool/php-secure-sendmail.
 """
@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator
 
 from enqueue import address, message, options
-from enqueue.failure import DATAERR, IOERR, USAGE, Failure
+from enqueue.failure import DATAERR, IOERR, UNAVAILABLE, USAGE, Failure
 from enqueue.maildrop import Maildrop, Policy
 
 LAYOUT = b"2"
@@ -70,6 +70,7 @@ def enqueue(argv: list[str]) -> None:
     call = options.parse(argv)
     maildrop = Maildrop(call.spool, call.vhost)
     policy = maildrop.policy()
+    _knock(maildrop, policy)
     mail = message.Message(_read)
     sender = _sender(call.sender)
     recipients = _recipients(call, mail)
@@ -89,6 +90,19 @@ def enqueue(argv: list[str]) -> None:
     except BaseException:
         # The mail is accepted, and the releaser's scan finds it: nothing turns that into a failure any more.
         pass
+
+
+def _knock(maildrop: Maildrop, policy: Policy) -> None:
+    """Raise Failure where the releaser wants no mail of this vhost now, and count it."""
+    refusal = policy.refusal(maildrop.vhost, time.time())
+    if not refusal:
+        return
+    try:
+        maildrop.count_refusal()
+    except OSError:
+        # It is refused all the same, and only the log has one less.
+        pass
+    raise Failure(UNAVAILABLE, refusal.decode("utf-8", "replace"))
 
 
 def _tell(call: options.Call, maildrop: Maildrop, policy: Policy, now: float) -> None:

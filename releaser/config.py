@@ -61,6 +61,16 @@ def size(value: object) -> int:
     return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]]
 
 
+def _size_or_none(value: object) -> int:
+    return 0 if value == "0" else size(value)
+
+
+def _number(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 10**9:
+        raise ValueError(f"{value!r} is not a number from 1 to 999999999")
+    return value
+
+
 def _url(value: object) -> str:
     text = _text(value)
     scheme, _, rest = text.partition(":")
@@ -145,7 +155,7 @@ class Key:
 
 
 _COUNT = _one_of(("recipients", "messages"))
-_OVER_LIMIT = _one_of(("hold", "observe"), later=("pace", "reject"))
+_OVER_LIMIT = _one_of(("hold", "observe", "reject"), later=("pace",))
 _SENDER_POLICY = _one_of(("allow", "force", "own-domains"))
 
 SECTIONS: dict[str, dict[str, Key]] = {
@@ -167,6 +177,9 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "count": Key(_COUNT, "recipients"),
         "over_limit": Key(_OVER_LIMIT, "hold"),
         "max_message_size": Key(size, "50M"),
+        "hold_max_messages": Key(_number, 10000),
+        "hold_max_bytes": Key(size, "1G"),
+        "min_free": Key(_size_or_none, "64M"),
         "notify": Key(_address, None),
     },
     "mysql": {
@@ -190,6 +203,8 @@ VHOST_KEYS = {
     "count": Key(_COUNT, ("limits", "count")),
     "over_limit": Key(_OVER_LIMIT, ("limits", "over_limit")),
     "max_message_size": Key(size, ("limits", "max_message_size")),
+    "hold_max_messages": Key(_number, ("limits", "hold_max_messages")),
+    "hold_max_bytes": Key(size, ("limits", "hold_max_bytes")),
     "sender": Key(_address, None),
     "sender_policy": Key(_SENDER_POLICY, None),
     "sender_domains": Key(_domains, None),
@@ -199,7 +214,7 @@ VHOST_KEYS = {
 }
 
 NOT_BUILT = {
-    "limits": ("shared_uid", "hold_max_messages", "hold_max_bytes", "min_free", "pace_max"),
+    "limits": ("shared_uid", "pace_max"),
 }
 
 
@@ -211,6 +226,9 @@ class VhostSettings:
     count: str
     over_limit: str
     max_message_size: int
+    # Of what lies in our directories.
+    hold_max_messages: int
+    hold_max_bytes: int
     sender: str | None
     sender_policy: str | None
     sender_domains: tuple[str, ...] | None
@@ -270,6 +288,8 @@ class Config:
     complaints_header: str
     complaints_to: str
     error_log: str | None
+    # Bytes; 0: the file system is not looked at.
+    min_free: int
     # Whom one mail per incident goes to.
     notify: str | None
     # None: the ledger alone keeps the log.
@@ -313,6 +333,8 @@ class Config:
             count=default["count"],
             over_limit=settings.over_limit if default["over_limit"] == "observe" else default["over_limit"],
             max_message_size=min(settings.max_message_size, default["max_message_size"]),
+            hold_max_messages=min(settings.hold_max_messages, default["hold_max_messages"]),
+            hold_max_bytes=min(settings.hold_max_bytes, default["hold_max_bytes"]),
         )
 
     def vhost(self, name: str) -> VhostSettings:
@@ -370,6 +392,7 @@ def load(file: str) -> Config:
         complaints_header=tag["complaints_header"],
         complaints_to=tag["complaints_to"].replace("HOSTNAME", os.uname().nodename),
         error_log=sections["log"]["error_log"],
+        min_free=sections["limits"]["min_free"],
         notify=sections["limits"]["notify"],
         mysql=Mysql(**sections["mysql"]) if "mysql" in document else None,
         _sections=sections,

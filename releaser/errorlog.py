@@ -24,13 +24,15 @@ def exceeded(now: float, vhost: str, limit: Limit, over_limit: str) -> str:
     becomes = {
         "hold": "mail over the limit is held for review",
         "observe": 'mail over the limit is sent all the same, over_limit is "observe"',
+        "reject": "mail over the limit is refused",
     }[over_limit]
     return f"{_stamp(now)} {PREFIX} domain {vhost}: exceeded limit for {span} ({limit.count}): {becomes}"
 
 
-def ended(now: float, vhost: str, messages: int, observed: bool, since: float) -> str:
+def ended(now: float, vhost: str, messages: int, over_limit: str, since: float) -> str:
     """The line at the end of an incident that began SINCE."""
-    count = f"{messages} message{'' if messages == 1 else 's'} {'would have been ' if observed else ''}held"
+    became = {"hold": "held", "observe": "would have been held", "reject": "refused or held"}[over_limit]
+    count = f"{messages} message{'' if messages == 1 else 's'} {became}"
     return f"{_stamp(now)} {PREFIX} domain {vhost}: within its limits again ({count} since {_asctime(since)})"
 
 

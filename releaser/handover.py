@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 from releaser import envelope, layout, maillog, mailqueue, mta, pickup, startup
 from releaser.batch import Batch
+from releaser.door import Door
 from releaser.ledger import ACTIVE, DONE, FAILED, HELD, Ledger, Row, utc
 from releaser.limits import Account
 from releaser.maildrops import Maildrops
@@ -58,6 +59,7 @@ class HandOver:
         drops: Maildrops,
         accounts: Callable[[Row], list[Account]],
         room: Room,
+        door: Door,
         wake: Callable[[], None],
         mta_url: str,
         give_up: int,
@@ -74,6 +76,7 @@ class HandOver:
         self._drops = drops
         self._accounts = accounts
         self._room = room
+        self._door = door
         # Whose outcome is in the ledger, and for whose copy there was no room: the message lies where it lay.
         self._unsettled: list[Flight] = []
         self._flights: dict[str, Flight] = {}
@@ -330,6 +333,8 @@ class HandOver:
         row, deferred = flight.row, flight.deferred
         if not os.path.exists(layout.path(self._spool, "active", row.queue_id)):
             self._copy("active", flight, row.remaining)
+        if row.deferred_at is None and flight.original is not None:
+            self._door.add(row)
         if row.deferred_at is None:
             row.deferred_at = now
             batch.log("deferred", row, [(o.recipient, o.words, "") for o in deferred])
@@ -347,6 +352,9 @@ class HandOver:
         row = flight.row
         if row.refused:
             self._copy("failed", flight, [address for address, _ in row.refused])
+        if bool(row.refused) != (flight.original is None):
+            # One more of our copies, or, of those that were in active/, one less.
+            self._door.add(row, 1 if row.refused else -1)
         row.next_try = None
         row.state = FAILED if row.refused else DONE
         batch.put(row)

@@ -21,6 +21,8 @@ NOTICES, NOTICES_SECONDS, SUMMARY_DELAY = 20, 3600, 30
 DESCRIBED, NAMED = 20, 200
 # Bytes of warnings in one policy, the latest; the shared maildrop can have many, and enqueue reads no more than 64 KiB.
 WARNINGS_SIZE = 32 << 10
+# What becomes of mail over a limit; its place here is an incident's `observed`.
+OVER_LIMIT = ("hold", "observe", "reject")
 
 
 class Incidents:
@@ -43,24 +45,24 @@ class Incidents:
         # When step() has something to do, in seconds since 1970.
         self.next = 0.0
 
-    def over(self, batch: Batch, vhost: str, limit: Limit, over_limit: str) -> bool:
-        """Another mail of VHOST is over LIMIT; return whether that opens an incident."""
+    def over(self, batch: Batch, vhost: str, limit: Limit, over_limit: str, messages: int = 1) -> bool:
+        """So many more MESSAGES of VHOST are over LIMIT; return whether that opens an incident."""
         now = time.time()
         incident = self._open.get(vhost)
-        if incident is not None and incident.observed != int(over_limit == "observe"):
+        if incident is not None and incident.observed != OVER_LIMIT.index(over_limit):
             # Something else becomes of the mail from now on.
             self._end(batch, vhost, now)
             incident = None
         opened = incident is None
         if incident is None:
             warning = errorlog.exceeded(now, vhost, limit, over_limit)
-            incident = Incident(vhost, now, now, int(over_limit == "observe"), limit.text, warning)
+            incident = Incident(vhost, now, now, OVER_LIMIT.index(over_limit), limit.text, warning, messages)
             self._open[vhost] = incident
             self._unnoticed.append(incident)
             self._tell(vhost, warning)
         else:
             incident.last_at = now
-            incident.held += 1
+            incident.held += messages
         self.next = 0.0
         batch.put_incident(incident)
         return opened
@@ -105,7 +107,7 @@ class Incidents:
     def _end(self, batch: Batch, vhost: str, now: float) -> None:
         incident = self._open.pop(vhost)
         incident.ended_at = now
-        self._tell(vhost, errorlog.ended(now, vhost, incident.held, bool(incident.observed), incident.opened_at))
+        self._tell(vhost, errorlog.ended(now, vhost, incident.held, OVER_LIMIT[incident.observed], incident.opened_at))
         batch.put_incident(incident)
 
     def _quiet(self, vhost: str) -> int:
@@ -179,7 +181,8 @@ class Incidents:
 
     def _text(self, incidents: list[Incident]) -> tuple[str, str]:
         """Subject and text of a notice."""
-        becomes = ["sent all the same" if incident.observed else "held for review" for incident in incidents]
+        words = ("held for review", "sent all the same", "refused")
+        becomes = [words[incident.observed] for incident in incidents]
         host = os.uname().nodename
         subject = f"{host}: {len(incidents)} vhosts over their limits"
         if len(incidents) == 1:

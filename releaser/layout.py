@@ -46,6 +46,9 @@ UNREGISTERED_GATE = Place("releaser", "releaser", 0o2711)
 UNREGISTERED_BELL = Place("releaser", "releaser", 0o622)
 QUEUES = ("active", "hold", "failed", "corrupt", "trash")
 
+# enqueue counts in tmp/REFUSED<uid>, a byte each, what it has refused at the door.
+REFUSED = "refused."
+
 # The bell that the administrator's command rings; a vhost's own has a random name.
 CONTROL_BELL = "control"
 CONTROL_BELL_PLACE = Place("releaser", "releaser", 0o600)

@@ -140,8 +140,13 @@ CREATE TABLE renamed (
 );
 """
 
+# What counts for the caps of a vhost: copies that lie in active/, hold/ and failed/. Mail that only passes through is in
+# no index of its own.
+KEPT = "(state IN ('held', 'failed') OR state = 'active' AND (deferred_at IS NOT NULL OR decision IS NOT NULL))"
+SCHEMA_KEPT = f"CREATE INDEX message_kept ON message (maildrop, vhost, size, recipients) WHERE {KEPT};"
+
 # Each makes, of the version before it, the version that is its place here.
-SCHEMAS = (SCHEMA_1, SCHEMA_2)
+SCHEMAS = (SCHEMA_1, SCHEMA_2, SCHEMA_KEPT)
 VERSION = len(SCHEMAS)
 
 # What the partial index on states says; a query repeats it, or the index is not used.
@@ -365,6 +370,14 @@ class Ledger:
         sql = f"SELECT queue_id FROM message WHERE state IN ({', '.join('?' * len(states))}) AND {UNFINISHED}"
         return [found[0] for found in self._db.execute(sql, states)]
 
+    def kept(self, recipient_size: int) -> list[tuple[str, str, int, int]]:
+        """(maildrop, vhost, messages, bytes) of what lies in active/, hold/ and failed/; a recipient counts RECIPIENT_SIZE."""
+        sql = (
+            f"SELECT maildrop, vhost, count(*), sum(size + ? * recipients) FROM message INDEXED BY message_kept WHERE {KEPT} "
+            "GROUP BY maildrop, vhost"
+        )
+        return [(found[0], found[1], found[2], found[3]) for found in self._db.execute(sql, (recipient_size,))]
+
     def decided(self, most: int) -> list[Row]:
         """MOST messages with a decision that is not carried out yet."""
         return self.rows("decision IS NOT NULL AND executed_at IS NULL", most=most)
@@ -506,12 +519,7 @@ class Ledger:
 
     def _log_vhost(self, event: str, vhost: str, now: float, reason: str, actor: str) -> None:
         """A log row about a vhost itself."""
-        row = Row(
-            queue_id="", vhost=vhost, state=DONE, source=None, digest="", recipients=0, remaining=[], sender="", size=0,
-            arrived_at=utc(now), picked_up_at=utc(now), uid=os.getuid(), verified=1, message_id="", subject="", script="",
-            cwd="", reason=reason, refused=[],
-        )  # fmt: skip
-        self.log(event, row, now, [("", reason, "")], actor)
+        self.log(event, about(vhost, now, reason, os.getuid()), now, [("", reason, "")], actor)
 
     def mail_of(self, vhost: str) -> dict[str, int]:
         """The number of messages in each state that is not final, and how many are with the MTA; of VHOST, or of the
@@ -603,6 +611,15 @@ class Ledger:
             inner = f"SELECT * FROM ({inner} DESC LIMIT {int(last)}) ORDER BY seq"
         for found in self._db.execute(inner, values):
             yield dict(found)
+
+
+def about(vhost: str, now: float, reason: str, uid: int, verified: int = 1) -> Row:
+    """What a log row about a vhost itself is made of: no message."""
+    return Row(
+        queue_id="", vhost=vhost, state=DONE, source=None, digest="", recipients=0, remaining=[], sender="", size=0,
+        arrived_at=utc(now), picked_up_at=utc(now), uid=uid, verified=verified, message_id="", subject="", script="",
+        cwd="", reason=reason, refused=[],
+    )  # fmt: skip
 
 
 def _row(found: sqlite3.Row) -> Row:

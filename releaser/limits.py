@@ -3,6 +3,7 @@
 Pure: time is an argument, in seconds; nothing here reads a clock or a file.
 """
 
+import math
 import re
 from collections import deque
 from collections.abc import Iterable
@@ -72,6 +73,19 @@ class Window:
             self._total -= self._entries.popleft()[1]
         return self._total
 
+    def fits_at(self, now: float, reserved: int) -> float:
+        """When one more fits, with RESERVED counted as of NOW; NOW if it does already, infinity if it never will."""
+        excess = self.used(now) + reserved + 1 - self.limit.count
+        if excess <= 0:
+            return now
+        if not self.limit.count:
+            return math.inf
+        for stamp, amount in self._entries:
+            excess -= amount
+            if excess <= 0:
+                return stamp + self.limit.seconds
+        return now + self.limit.seconds
+
 
 class Account:
     """The usage of one vhost: an entry per message sent, and the reservations of those in flight, which count as now."""
@@ -100,6 +114,16 @@ class Account:
             if (used := window.used(now) + reserved) + asked > window.limit.count
         ]
         return max(over, key=lambda excess: (asked > excess.limit.count, excess.limit.seconds), default=None)
+
+    def fits_at(self, now: float) -> tuple[float, Limit | None]:
+        """When one recipient, or message, fits again, infinity for never, and the limit that is in its way until then.
+
+        NOW and None if it fits already. What is under way counts as of NOW, so that it can be sooner, where it fails.
+        """
+        reserved = sum(self._open.values())
+        waits = [(window.fits_at(now, reserved), window.limit) for window in self.windows]
+        when, limit = max(waits, key=lambda wait: wait[0], default=(now, None))
+        return (when, limit) if when > now else (now, None)
 
     def reserve(self, queue_id: str, recipients: int) -> None:
         """Count a message as now until it is confirmed or cancelled."""

@@ -5,7 +5,7 @@ import os
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 
 from releaser import layout, maillog, pickup, policy
@@ -39,6 +39,8 @@ class Maildrop:
     # Names that were left where they are: complained about once, and looked at behind all others, when AGAIN is set.
     left: set[bytes] = field(default_factory=set)
     again: bool = False
+    # Names that wait until a door opens, in the shared maildrop.
+    shut_out: set[bytes] = field(default_factory=set)
 
 
 class Maildrops:
@@ -54,6 +56,8 @@ class Maildrops:
         # Taken up and not yet removed from new/: never listed again, or they would be decided twice.
         self._taken: set[tuple[str, bytes]] = set()
         self._next_cleaning = 0.0
+        # Whether the last policy could not be written for want of room.
+        self._no_room = False
         # Maildrops that have been renamed, until what is known of the old name is carried over.
         self.frozen: set[str] = set()
         # Files in new/ that the ledger knows: an open attempt, or an outcome whose file is still to be removed.
@@ -124,6 +128,14 @@ class Maildrops:
         """Whether a vhost that is not BUSY may have mail."""
         return any(vhost not in busy and vhost not in self.frozen for vhost in self._turn)
 
+    def has_mail(self, vhost: str) -> bool:
+        """Whether something lies in its new/."""
+        try:
+            return bool(pickup.names(self._spool, vhost))
+        except OSError:
+            # It is said when it is listed.
+            return False
+
     def take(self, vhost: str, name: bytes) -> None:
         """NAME is being decided: it is not listed again until it is given back or removed."""
         self._taken.add((vhost, name))
@@ -146,6 +158,20 @@ class Maildrops:
                 LOG.warning(maillog.left(vhost, os.fsdecode(name), reason), exc_info=trace)
             elif len(drop.left) == NAMED:
                 LOG.warning(maillog.left_more(vhost, reason))
+
+    def shut_out(self, vhost: str, name: bytes) -> None:
+        """NAME stays in new/ until a door of this maildrop opens."""
+        self._taken.discard((vhost, name))
+        drop = self._drops.get(vhost)
+        if drop is not None:
+            drop.shut_out.add(name)
+
+    def open(self, vhost: str) -> None:
+        """A door of this maildrop has opened: look at all that waits in it."""
+        drop = self._drops.get(vhost)
+        if drop is not None:
+            drop.shut_out.clear()
+            self._mark(vhost, drop)
 
     def path(self, row: Row) -> str:
         """The file in new/ that ROW was read from."""
@@ -198,6 +224,9 @@ class Maildrops:
         for vhost, drop in self._drops.items():
             self._write_policy(vhost, drop)
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._drops))
+
     def _add(self, vhost: str, inode: int) -> Maildrop:
         drop = self._drops[vhost] = Maildrop(bell=policy.bell(self._spool, vhost), inode=inode)
         if drop.bell is None:
@@ -242,7 +271,8 @@ class Maildrops:
             self._complain(vhost, "new", error)
             return
         drop.left &= listed
-        new = sorted(name for name in listed - drop.left if (vhost, name) not in self._taken)
+        drop.shut_out &= listed
+        new = sorted(name for name in listed - drop.left - drop.shut_out if (vhost, name) not in self._taken)
         # In order of the time that they claim.
         drop.names = deque(new[:LISTED])
         drop.dirty = len(new) > LISTED
@@ -256,8 +286,12 @@ class Maildrops:
         try:
             policy.write(self._spool, vhost, self._policy_of(vhost, drop.bell))
         except OSError as error:
-            # enqueue goes on with the last one, or with its defaults.
-            self._complain(vhost, "policy", error)
+            # enqueue goes on with the last one, or with its defaults. Where there is no room, once is enough for all.
+            if error.errno not in LACKS or not self._no_room:
+                self._complain(vhost, "policy", error)
+            self._no_room = error.errno in LACKS
+        else:
+            self._no_room = False
 
     def _clean(self) -> None:
         for vhost in self._drops:

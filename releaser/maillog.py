@@ -102,6 +102,26 @@ def room_again() -> str:
     return "there is room again, mail is taken as before"
 
 
+def door_closed(vhost: str, messages: int, size: int) -> str:
+    return f"door closed, what is submitted stays in new/ vhost={vhost} messages={messages} bytes={size}"
+
+
+def door_opened(vhost: str) -> str:
+    return f"door open again vhost={vhost}"
+
+
+def rejected(vhost: str, messages: int) -> str:
+    return f"refused at the door, as enqueue has counted vhost={vhost} messages={messages}"
+
+
+def not_taken(vhost: str, maildrop: str) -> str:
+    return f"not taken from new/ until mail is released or deleted, or the cap is raised vhost={vhost} maildrop={maildrop}"
+
+
+def no_space(reason: str) -> str:
+    return f"{reason}: all doors are closed, no mail is taken until there is room again; nothing is lost"
+
+
 def flooded(vhost: str, seconds: int) -> str:
     return f"bells are rung more often than mail can come, not listened to for {seconds} s; most are of vhost={vhost}"
 

@@ -1,5 +1,6 @@
 """The policy file: what the releaser tells enqueue about a vhost. Advisory; grammar: spool_layout.md."""
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -12,11 +13,13 @@ UNTIL_STEP = 1800
 
 
 def render(
-    config: Config, name: str, bell: str, max_size: int, warnings: Sequence[tuple[str, str]] = (), now: float = 0
-) -> bytes:
+    config: Config, name: str, bell: str, max_size: int, warnings: Sequence[tuple[str, str]] = (), now: float = 0,
+    refusals: Sequence[tuple[str, str]] = (), until: float = math.inf,
+) -> bytes:  # fmt: skip
     """The policy of the maildrop NAME; MAX_SIZE is the largest message in bytes.
 
-    WARNINGS are (vhost, line): enqueue repeats them until an hour after NOW at most, half an hour at least.
+    WARNINGS and REFUSALS are (vhost, sentence): they hold until an hour after NOW at most, half an hour at least, and no
+    longer than UNTIL. Times are seconds since 1970.
     """
     lines = [
         ("Policy", str(VERSION)),
@@ -29,10 +32,11 @@ def render(
     sender = config.vhost(name).sender if name != layout.UNREGISTERED else None
     if sender:
         lines.append(("Sender", sender))
-    if warnings:
+    if warnings or refusals:
         # In steps of half an hour, so that the file changes no more often.
-        lines.append(("Until", str(int(now) // UNTIL_STEP * UNTIL_STEP + 2 * UNTIL_STEP)))
+        lines.append(("Until", str(int(min(int(now) // UNTIL_STEP * UNTIL_STEP + 2 * UNTIL_STEP, until)))))
         lines += [("Warning", f"{vhost} {line}") for vhost, line in warnings]
+        lines += [("Refuse", f"{vhost} {sentence}") for vhost, sentence in refusals]
     lines.append(("End", str(VERSION)))
     return "".join(f"{key}: {value}\n" for key, value in lines).encode()
 
@@ -44,6 +48,14 @@ def bell(spool: str, vhost: str) -> str | None:
             name = line[6:].decode("ascii", "replace")
             return name if layout.is_bell(name) else None
     return None
+
+
+def refusals(spool: str, name: str, now: float) -> list[tuple[str, str]]:
+    """(vhost, sentence) of what enqueue refuses at NOW, as the policy of the maildrop NAME has it."""
+    lines = [line.partition(": ") for line in _read(spool, name).decode("utf-8", "replace").split("\n")]
+    if not any(key == "Until" and value.isdecimal() and now < int(value) for key, _, value in lines):
+        return []
+    return [(value.partition(" ")[0], value.partition(" ")[2]) for key, _, value in lines if key == "Refuse"]
 
 
 def write(spool: str, vhost: str, text: bytes) -> None:

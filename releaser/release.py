@@ -15,6 +15,7 @@ from functools import partial
 from releaser import envelope, identity, layout, ledger, limits, maillog, mailqueue, message, pickup, policy, startup, usage
 from releaser.batch import Batch
 from releaser.config import Config, VhostSettings
+from releaser.door import Door, Key
 from releaser.handover import Flight, HandOver, verified
 from releaser.incidents import Incidents
 from releaser.ledger import ACTIVE, HELD, TRASHED, Ledger, Row
@@ -32,6 +33,10 @@ LAST_TRIES = 30
 MADE_UP = 50
 
 
+class ShutOut(Exception):
+    """The door of this vhost is closed: its mail stays in new/."""
+
+
 class Releaser:
     """Takes mail from the maildrops and sees it through. step() does all that can be done now."""
 
@@ -45,9 +50,12 @@ class Releaser:
         self._accounts: dict[str | int, limits.Account] = {}
         self._room = Room()
         self._incidents = Incidents(config, book, self._settings)
+        self._door = Door(config, book)
+        # Whose mail was counted or held since their limits were looked at for the door.
+        self._moved: set[Key] = set()
         self._drops = Maildrops(config.spool, self._policy)
         self._handover = HandOver(
-            config.spool, book, self._drops, self._accounts_of, self._room, wake, config.mta_url, config.give_up
+            config.spool, book, self._drops, self._accounts_of, self._room, self._door, wake, config.mta_url, config.give_up
         )
         self._announced_size = 0
         # What the ledger has had no room for, in order: nothing else happens before.
@@ -73,16 +81,26 @@ class Releaser:
     def scan(self) -> None:
         """Look at everything, whether or not a bell was heard."""
         self._next_scan = time.time() + layout.SCAN_INTERVAL
+        self._door.look_at_room()
+        self._door.load()
         self.look()
         self._carry_over()
         if layout.UNREGISTERED not in self._drops and not self._drops.frozen:
             batch = Batch(self._ledger)
             self._incidents.close([vhost for vhost in self._incidents.vhosts if vhost not in self._drops], batch)
             self._commit(batch)
-        for name in {name if name in self._drops else layout.UNREGISTERED for name in self._incidents.vhosts}:
-            # So that enqueue goes on to repeat the warning.
-            self._drops.write_policy(name)
         self._close_vanished()
+        self._log_refused()
+        self._moved |= {*self._door.over, *((name, name) for name in self._incidents.vhosts if name in self._drops)}
+        self._see_to_door()
+        closed = self._door.closed
+        told = {name if name in self._drops else layout.UNREGISTERED for name in self._incidents.vhosts}
+        for name in self._drops if closed is None else told | closed:
+            # So that enqueue goes on to repeat the warning, and to refuse.
+            self._drops.write_policy(name)
+        for name in self._door.unsaid():
+            if self._drops.has_mail(name):
+                self._door.waits(name, name)
 
     def look(self) -> None:
         """Look at every maildrop, and for decisions: what the bells would have told of."""
@@ -109,14 +127,20 @@ class Releaser:
             self._handover.use(config.mta_url)
         self.config = config
         self._handover.give_up = config.give_up
+        known = {(name if name in self._drops else layout.UNREGISTERED, name) for name in self._accounts if isinstance(name, str)}
         self._accounts = {}
-        self._incidents.config = config
+        self._incidents.config = self._door.config = config
+        self._door.look_at_room()
+        self._door.load()
+        self._moved |= {*self._door.over, *known}
+        self._see_to_door()
         self._drops.write_policies()
 
     def step(self) -> float:
         """Do all that can be done now; return the seconds until something more could be, unless a bell or a result comes."""
         if not self._write():
             return PAUSE
+        self._door.look_at_room()
         batch = Batch(self._ledger)
         self._handover.take_results(batch)
         self._carry_out_decisions(batch)
@@ -133,6 +157,7 @@ class Releaser:
             first(batch)
             second(batch)
         self._commit(batch)
+        self._see_to_door()
         if self._handover.senders.max_size != self._announced_size:
             self._announced_size = self._handover.senders.max_size
             self._drops.write_policies()
@@ -150,7 +175,7 @@ class Releaser:
     def idle(self) -> bool:
         """Nothing is left that could be done now."""
         now, retry = time.time(), self._handover.next_retry
-        work = self._drops.waiting(()) or (retry is not None and retry <= now)
+        work = (self._door.room and self._drops.waiting(self._door.shut)) or (retry is not None and retry <= now)
         return not self._handover.in_flight and not self._decisions_wait and (not work or self._handover.down_until > now)
 
     def finish(self, alive: Callable[[], None] = lambda: None) -> None:
@@ -177,7 +202,7 @@ class Releaser:
 
     def _pause(self) -> float:
         now = time.time()
-        due = [self._next_scan, self._incidents.next]
+        due = [self._next_scan, self._incidents.next, self._door.next]
         if not self._room.there or self._unwritten:
             return PAUSE
         if self._decisions_wait:
@@ -185,7 +210,9 @@ class Releaser:
         if self._handover.down_until > now:
             due.append(self._handover.down_until)
         elif self._handover.room:
-            if self._drops.waiting(self._handover.busy):
+            if not self._door.room:
+                due.append(now + PAUSE)
+            elif self._drops.waiting(self._handover.busy | self._door.shut):
                 return 0
             if self._handover.next_retry is not None:
                 due.append(self._handover.next_retry)
@@ -208,16 +235,47 @@ class Releaser:
             self._unwritten.pop(0)
         return True
 
+    # The door.
+
+    def _see_to_door(self) -> None:
+        """Close and open the doors as limits and caps say by now."""
+        now = time.time()
+        moved, self._moved = self._moved.union(self._door.due(now)), set()
+        for key in moved:
+            # A vhost's own mail is counted as such, whoever else claims its name.
+            if key[0] == key[1] or key[1] not in self._drops:
+                self._door.judge_limits(key, partial(self._account, key[1]), now)
+        changed, opened = self._door.changes()
+        for name in self._drops if changed is None else changed:
+            if name in self._drops:
+                self._drops.write_policy(name)
+        for name in opened:
+            self._drops.open(name)
+
+    def _log_refused(self) -> None:
+        """Write down what enqueue says that it has refused, as the claim that it is."""
+        batch, limits_lately = Batch(self._ledger), self._door.limits_lately
+        self._door.limits_lately = {}
+        for name, (number, uid) in self._door.refused(self._drops).items():
+            reason = f"{number} message{'' if number == 1 else 's'} refused at the door, as enqueue has counted"
+            row = ledger.about(name, time.time(), reason, uid, int(name != layout.UNREGISTERED))
+            batch.log("rejected", row, [("", reason, "")])
+            LOG.warning(maillog.rejected(name, number))
+            limit = limits_lately.get((name, name))
+            if limit is not None:
+                self._incidents.over(batch, name, limit, "reject", number)
+        self._commit(batch)
+
     # From new/ to a decision.
 
     def _pick_up(self, batch: Batch) -> None:
         """Decide messages, the vhosts in turn, until the senders have enough to do or the round is full."""
         until = time.monotonic() + ROUND_SECONDS
         for _ in range(ROUND):
-            if time.monotonic() > until:
+            if time.monotonic() > until or not self._door.room:
                 return
             try:
-                found = self._drops.next(self._handover.busy) if self._handover.room else None
+                found = self._drops.next(self._handover.busy | self._door.shut) if self._handover.room else None
             except OSError as error:
                 self._room.lacks(error)
                 return
@@ -226,6 +284,8 @@ class Releaser:
             vhost, name = found
             try:
                 self._take(batch, vhost, name)
+            except ShutOut:
+                self._drops.shut_out(vhost, name)
             except pickup.NotYet as error:
                 self._drops.leave(vhost, name, str(error))
             except OSError as error:
@@ -278,6 +338,7 @@ class Releaser:
         if known is not None:
             self._replaced(batch, known)
         row = self._new_row(submitted)
+        self._let_in(row)
         settings = self._settings(row.vhost)
         reason, excess = self._verdict(submitted, row)
         held = bool(reason) and not (excess and settings.over_limit == "observe")
@@ -296,6 +357,13 @@ class Releaser:
         self._send(batch, row, submitted)
         for account in self._accounts_of(row):
             account.reserve(row.queue_id, row.recipients)
+
+    def _let_in(self, row: Row) -> None:
+        """Raise ShutOut where the door of ROW's vhost is closed."""
+        if self._door.keeps_out(row.maildrop, row.vhost):
+            self._door.waits(row.maildrop, row.vhost)
+            raise ShutOut(row.vhost)
+        self._moved.add((row.maildrop, row.vhost))
 
     def _verdict(self, submitted: pickup.Submitted, row: Row) -> tuple[str, limits.Excess | None]:
         """Why the message is to be held, empty if it is not; and the limit, where that is the reason."""
@@ -413,6 +481,7 @@ class Releaser:
         # Where there is no room for the copy, nothing has been decided.
         self._store(row, submitted, "hold")
         row.state = HELD
+        self._door.add(row)
         if row.limited and row.counted_at is None:
             for account in self._accounts_of(row):
                 account.cancel(row.queue_id)
@@ -478,6 +547,7 @@ class Releaser:
                 batch.then(partial(self._handover.later, row.next_try, row.queue_id))
             else:
                 row.state = TRASHED if decision == "delete" else HELD
+                self._door.add(row, -1 if decision == "delete" else 1)
                 batch.log_all(f"{decision}d", row, row.why, actor)
             batch.put(row)
             LOG.info(maillog.decided(row.queue_id, row.vhost, decision, actor))
@@ -526,6 +596,8 @@ class Releaser:
             self._handover.carry_over(old, new)
             self._incidents.load()
             self._accounts = {}
+            self._door.forget_limits()
+            self._door.load()
             self._drops.write_policies()
             LOG.warning(maillog.taken_over(old, new))
 
@@ -533,7 +605,9 @@ class Releaser:
         vhosts = [vhost]
         if vhost == layout.UNREGISTERED:
             vhosts += [name for name in self._incidents.vhosts if name not in self._drops]
-        return policy.render(self.config, vhost, bell, self._max_size(vhost), self._incidents.warnings(vhosts), time.time())
+        warnings, refusals = self._incidents.warnings(vhosts), self._door.refusals(vhost)
+        now, until = time.time(), self._door.until(vhost)
+        return policy.render(self.config, vhost, bell, self._max_size(vhost), warnings, now, refusals, until)
 
     def _max_size(self, vhost: str) -> int:
         """The largest message in bytes: the configured one, and not more than the MTA takes with our tag."""

@@ -11,10 +11,10 @@ from pathlib import Path
 import page
 import pytest
 
-from enqueue import failure, options
+from enqueue import failure, maildrop, options
 from enqueue import main as writer
 from enqueue.maildrop import Policy
-from releaser import config, envelope, layout, policy
+from releaser import config, door, envelope, layout, ledger, policy
 from releaser.cli.main import run
 
 ROOT = Path(__file__).parent.parent
@@ -92,10 +92,18 @@ WARNING = (
 )
 
 
+# What it says of one that has reached a cap.
+REFUSAL = (
+    "www.a.example",
+    "mail of www.a.example waits here already, 10000 messages of it (hold_max_messages): "
+    "no more is accepted until some of it is released or deleted",
+)
+
+
 def policy_written(text: str, tmp_path: Path) -> tuple[object, object]:
     file = installed(tmp_path, '[vhosts."www.a.example"]\nsender = "user1@example.com"\n')
     found = policy.render(
-        config.load(str(file)), "www.a.example", "5f0c8d1e9a7b4c3d2e1f0a9b8c7d6e5f", 52428800, [WARNING], 1146162516.0
+        config.load(str(file)), "www.a.example", "5f0c8d1e9a7b4c3d2e1f0a9b8c7d6e5f", 52428800, [WARNING], 1146162516.0, [REFUSAL]
     )
     return page.fence(text, "policy"), found.decode()
 
@@ -104,11 +112,14 @@ def policy_read(text: str, _tmp: Path) -> tuple[object, object]:
     lines = dict(line.split(": ", 1) for line in page.fence(text, "policy").splitlines())
     found = Policy(page.fence(text, "policy").encode())
     documented = (lines["Bell"], int(lines["Max-Size"]), lines["Sender"], lines["Domain-Header"], lines["Complaints-Header"],
-                  lines["Complaints-To"], lines["Policy"], lines["End"], int(lines["Until"]), lines["Warning"], "")  # fmt: skip
+                  lines["Complaints-To"], lines["Policy"], lines["End"], int(lines["Until"]), lines["Warning"], lines["Refuse"],
+                  "")  # fmt: skip
     read = (found.bell, found.max_size, found.sender.decode(), found.tag[0][0].decode(), found.tag[1][0].decode(),
             found.tag[1][1].decode(), str(policy.VERSION), str(policy.VERSION), found.until,
             "www.a.example " + found.warning("www.a.example", found.until - 1).decode(),
-            found.warning("www.a.example", found.until).decode() + found.warning("www.b.example", 0).decode())  # fmt: skip
+            "www.a.example " + found.refusal("www.a.example", found.until - 1).decode(),
+            "".join(say("www.a.example", found.until).decode() + say("www.b.example", 0).decode()
+                    for say in (found.warning, found.refusal)))  # fmt: skip
     return documented, read
 
 
@@ -174,6 +185,26 @@ def example_read(text: str, _tmp: Path) -> tuple[object, object]:
     )
 
 
+def refusals(text: str, tmp_path: Path) -> tuple[object, object]:
+    """Where refusals are counted, and that the sentence is the one of a vhost that has reached the default cap."""
+    (documented,) = re.findall(r"in `tmp/(\w+\.)<uid>`", text)
+    lines = page.fence(text, "policy").splitlines()
+    sentences = [line.split(": ", 1)[1] for line in lines if line.startswith("Refuse: ")]
+    file = config.load(str(installed(tmp_path)))
+    book = ledger.Ledger(file.state)
+    kept = door.Door(file, book)
+    row = ledger.about("www.a.example", 0.0, "", 0)
+    for _ in range(file.vhost("www.a.example").hold_max_messages):
+        assert kept.refusals("www.a.example") == []
+        kept.add(row)
+    book.close()
+    return (documented, documented, sentences), (
+        maildrop.REFUSED,
+        layout.REFUSED,
+        [" ".join(refusal) for refusal in kept.refusals("www.a.example")],
+    )
+
+
 Comparison = Callable[[str, Path], tuple[object, object]]
 COMPARISONS: dict[Comparison, str] = {
     directories: "directories",
@@ -184,6 +215,7 @@ COMPARISONS: dict[Comparison, str] = {
     statuses: "statuses",
     policy_written: "policy",
     policy_read: "policy",
+    refusals: "policy",
     names: "names",
     example_written: "example",
     example_name: "names",
@@ -201,8 +233,8 @@ def test_page_and_code_agree(compare: Comparison, tmp_path: Path) -> None:
 @pytest.mark.parametrize("compare", COMPARISONS, ids=lambda c: c.__name__)
 def test_comparison_sees_a_missing_row(compare: Comparison, tmp_path: Path) -> None:
     """On a copy of the page with a row removed the same comparison fails: the checker has not gone blind."""
-    # The first row of the statuses is 0, which has no name in the code.
-    shortened = page.without_row(page.text(), COMPARISONS[compare], 1 if compare is statuses else 0)
+    # The first row of the statuses is 0, which has no name in the code; of the policy's, one comparison reads Refuse alone.
+    shortened = page.without_row(page.text(), COMPARISONS[compare], {statuses: 1, refusals: 9}.get(compare, 0))
     assert shortened != page.text()
     try:
         documented, implemented = compare(shortened, tmp_path)

@@ -15,11 +15,13 @@ from servers import Sink
 pytestmark = pytest.mark.server
 
 VHOST = "www.a.example"
+# Work goes on to the last byte.
+UNWATCHED = 'min_free = "0"\n'
 NO_ROOM = "no mail is taken until there is room again"
 
 
 @contextmanager
-def small(directory: Path, size: str = "4m", inodes: int = 500) -> Iterator[Path]:
+def small(directory: Path, size: str = "4m", inodes: int = 5000) -> Iterator[Path]:
     """Makes DIRECTORY a file system that is soon full; gives the path of a ballast file on it, which is empty."""
     directory.mkdir(mode=0o711, exist_ok=True)
     command = ["mount", "-t", "tmpfs", "-o", f"size={size},nr_inodes={inodes},mode=0711", "tmpfs", str(directory)]
@@ -43,7 +45,7 @@ def said(host: Host) -> int:
 
 def test_no_room_in_the_spool_for_what_is_held() -> None:
     """Mail over the limit stays in new/ until its copy can be made; that is said once, and other mail waits with it."""
-    with Host(default=["1/1h"]) as host, small(host.spool) as ballast:
+    with Host(default=["1/1h"], extra=UNWATCHED) as host, small(host.spool) as ballast:
         host.add(VHOST)
         for number in range(3):
             host.send(VHOST, message=text("one@x.example", subject=str(number)))
@@ -72,7 +74,7 @@ def test_no_room_in_the_spool_for_what_the_mta_has_refused(sink: Sink, size: int
     sink.stop()
     sink.options = ["-f", "DATA"]
     sink.start()
-    with Host(mta=smtp(sink.port)) as host, small(host.spool, "6m") as ballast:
+    with Host(mta=smtp(sink.port), extra=UNWATCHED) as host, small(host.spool, "6m") as ballast:
         host.add(VHOST)
         host.send(VHOST, message=text("one@x.example", "two@x.example", body="x" * size + "\n"))
         if size < 1 << 20:
@@ -102,7 +104,7 @@ def test_no_room_in_the_spool_for_what_the_mta_has_deferred(sink: Sink) -> None:
     sink.stop()
     sink.options = ["-r", "RCPT"]
     sink.start()
-    with Host(mta=smtp(sink.port)) as host, small(host.spool) as ballast:
+    with Host(mta=smtp(sink.port), extra=UNWATCHED) as host, small(host.spool) as ballast:
         host.add(VHOST)
         host.send(VHOST)
         fill(ballast)

@@ -7,13 +7,14 @@ import re
 import socket
 import sqlite3
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import click
 
-from releaser import config, daemon, errorlog, identity, layout, ledger, mailqueue, policy, provision, startup
+from releaser import config, daemon, door, errorlog, identity, layout, ledger, mailqueue, policy, provision, startup
 from releaser.cli import output
 from releaser.cli.context import Context, json_option, pass_context
 from releaser.cli.vhost import who_works
@@ -472,6 +473,12 @@ class Inside:
                 f"{settings.spool}: no mount of its own: whoever can move a file of another user into a maildrop has it sent as "
                 "that user's; bind it to itself, nosuid,nodev,noexec, as the installation's mount unit does"
             )
+        lack = door.lacking(settings.spool, settings.min_free)
+        if lack:
+            warnings.append(f"{settings.spool}: {lack}: all mail is refused until there is room again")
+        for name in names or () if not lack else ():
+            for vhost, sentence in policy.refusals(settings.spool, name, time.time()):
+                warnings.append(f"mail of {vhost} is refused: {sentence}")
         scheme, _, rest = settings.mta_url.partition(":")
         if scheme == "smtp":
             _smtp(settings.mta_url, rest.removeprefix("//"), warnings)

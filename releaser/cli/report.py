@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from releaser import mysql_log, usage
+from releaser import mysql_log, policy, usage
 from releaser.cli import output
 from releaser.cli.context import Context, Failed, json_option, pass_context
 from releaser.cli.select import Filters, filters
@@ -36,6 +36,11 @@ def status(context: Context, as_json: bool) -> None:
         "outbox": context.ledger.outbox() if context.config.mysql else 0,
         "observe": [name for name in names if context.settings(name).over_limit == "observe"],
         "stopped": context.ledger.stops(),
+        "refused": [
+            {"vhost": vhost, "sentence": sentence}
+            for name in names
+            for vhost, sentence in policy.refusals(context.spool, name, time.time())
+        ],
         "incidents": [
             {"vhost": incident.vhost, "since": utc(incident.opened_at), "limit": incident.limit_text, "held": incident.held}
             for incident in context.ledger.incidents()
@@ -55,6 +60,8 @@ def status(context: Context, as_json: bool) -> None:
         output.say(f'over_limit is "observe", mail over a limit is sent: {", ".join(facts["observe"])}')
     for stop in facts["stopped"]:
         output.say(f"stopped: {stop['vhost']} since {stop['since'][:19]}Z by {stop['actor']}: {stop['why']}")
+    for refused in facts["refused"]:
+        output.say(f"refused: mail of {refused['vhost']}: {refused['sentence']}")
     for incident in facts["incidents"]:
         count = f"{incident['held']} over limit {incident['limit']}"
         output.say(f"incident: {incident['vhost']} since {incident['since'][:19]}Z, {count}")
