@@ -301,3 +301,32 @@ def test_many_entries() -> None:
     sent = account(["1000000/1d", "900000/1h"])
     assert all(send(sent, 1, number / 100) for number in range(100_000))
     assert [used for _, used in sent.used(1000.0)] == [100_000, 100_000]
+
+
+@PROPERTY
+@given(
+    texts=st.sampled_from([["3/10s"], ["3/10s", "5/30s"], ["0/1h"], ["unlimited"]]),
+    per_message=st.booleans(),
+    sent=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 8)), max_size=12),
+    under_way=st.integers(0, 2),
+)
+def test_time_when_one_fits_again(texts: list[str], per_message: bool, sent: list[tuple[int, int]], under_way: int) -> None:
+    """At that time one recipient fits, a moment before it does not, and the limit that is named is in its way."""
+    one, now = account(texts, per_message), 1000.0
+    for recipients, pause in sent:
+        now += pause
+        send(one, recipients, now)
+    reserved = under_way and not one.exceeded(under_way, now)
+    if reserved:
+        one.reserve("under way", under_way)
+    when, limit = one.fits_at(now)
+    excess = one.exceeded(1, now)
+    assert (limit is None) == (excess is None) == (when == now)
+    if limit is None or limit.count == 0:
+        assert limit is None or when == float("inf")
+        return
+    if reserved:
+        # What was under way has got its reply at once.
+        one.confirm("under way", now, under_way)
+    assert one.exceeded(1, when - 0.01) is not None
+    assert one.exceeded(1, when) is None
