@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 from host import ROOT, Host, text
 
+# These file systems are smaller than what is to stay free by default.
+UNWATCHED = 'min_free = "0"\n'
+
 pytestmark = pytest.mark.server
 
 VHOST = "www.a.example"
@@ -40,7 +43,7 @@ def refused(run: subprocess.CompletedProcess[bytes], status: int) -> None:
 
 def test_enqueue_on_a_full_spool() -> None:
     """A message that does not fit is refused with 74 and leaves nothing; when there is room again, mail goes through."""
-    with Host() as host, small_file_system(host.spool, "size=256k"):
+    with Host(extra=UNWATCHED) as host, small_file_system(host.spool, "size=256k"):
         host.add(VHOST)
         big = text("one@x.example", body="0123456789\n" * 100_000)
         refused(host.enqueue(VHOST, "-t", message=big), IOERR)
@@ -63,7 +66,7 @@ def test_enqueue_on_a_full_spool() -> None:
 
 def test_enqueue_without_inodes() -> None:
     """Where no file can be made: 73."""
-    with Host() as host, small_file_system(host.spool, "size=1m,nr_inodes=40"):
+    with Host(extra=UNWATCHED) as host, small_file_system(host.spool, "size=1m,nr_inodes=40"):
         host.add(VHOST)
         fillers = []
         with pytest.raises(OSError, match="No space left"):
@@ -79,7 +82,7 @@ def test_enqueue_without_inodes() -> None:
 
 def test_releaser_on_a_full_spool_loses_nothing() -> None:
     """Mail that cannot be held for want of room waits in new/ and is held when there is room."""
-    with Host(default=["0/1h"]) as host, small_file_system(host.spool, "size=512k"):
+    with Host(default=["0/1h"], extra=UNWATCHED) as host, small_file_system(host.spool, "size=512k"):
         host.add(VHOST)
         message = text("one@x.example", body="0123456789\n" * 5_000)
         for _ in range(4):
