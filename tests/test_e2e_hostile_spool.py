@@ -512,7 +512,7 @@ for each in content.values():
     files.append((file, each))
 ring()
 print("there")
-until = time.monotonic() + 4
+until = time.monotonic() + 2
 while time.monotonic() < until:
     for file, each in files:
         os.ftruncate(file.fileno(), len(each) // 2)
@@ -524,7 +524,7 @@ sys.stdin.read()
     system.start()
     with attacking(system, code):
         all_is_well(system)
-        time.sleep(4)
+        time.sleep(1)
     assert system.stop() == 0
     with system.running():
         wait_for_outcome(system, 12)
