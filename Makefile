@@ -60,8 +60,9 @@ install:
 	put 0644 config/systemd/spool.mount "$(DESTDIR)$(PREFIX)/lib/systemd/system/"'$(SPOOL_MOUNT)'; \
 	put 0644 config/sysusers.conf "$(DESTDIR)$(PREFIX)/lib/sysusers.d/php-secure-sendmail.conf"; \
 	put 0644 config/tmpfiles.conf "$(DESTDIR)$(PREFIX)/lib/tmpfiles.d/php-secure-sendmail.conf"; \
-	for file in README.md calling.md spool_layout.md LICENSE config/apache.conf config/php-fpm.conf config/releaser.toml \
-		config/systemd/sendmail-setgid.conf; do put 0644 $$file "$(DOCUMENTATION)/$${file##*/}"; done; \
+	for file in README.md calling.md spool_layout.md faults.md LICENSE config/apache.conf config/php-fpm.conf \
+		config/releaser.toml config/systemd/sendmail-setgid.conf; do put 0644 $$file "$(DOCUMENTATION)/$${file##*/}"; done; \
+	for file in nftables.conf postfix.cf exim.conf; do put 0644 config/mta/$$file "$(DOCUMENTATION)/mta/$$file"; done; \
 	[ -d "$(CONFIGURATION)/vhosts.d" ] || install -d -m 0750 "$(CONFIGURATION)" "$(CONFIGURATION)/vhosts.d"; \
 	[ -e "$(CONFIGURATION)/releaser.toml" ] || put 0640 config/releaser.toml "$(CONFIGURATION)/releaser.toml"; \
 	[ -e "$(DESTDIR)/etc/logrotate.d/php-secure-sendmail" ] || \

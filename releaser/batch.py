@@ -24,6 +24,9 @@ class Batch:
     def put_incident(self, incident: Incident) -> None:
         self._writes.append(partial(self._ledger.put_incident, incident))
 
+    def put_poison(self, maildrop: str, name: bytes, failures: int) -> None:
+        self._writes.append(partial(self._ledger.put_poison, maildrop, name, failures))
+
     def forget(self, queue_id: str) -> None:
         self._writes.append(partial(self._ledger.remove, queue_id))
 

@@ -4,13 +4,13 @@ One SQLite file, write-ahead log, synchronous=FULL. The daemon is the only one t
 state; the command writes decisions, each as one compare-and-set.
 """
 
+import contextlib
 import json
 import os
 import socket
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
@@ -140,13 +140,23 @@ CREATE TABLE renamed (
 );
 """
 
+# Messages at which our own code has failed: the name in new/, and how often.
+SCHEMA_3 = """
+CREATE TABLE poison (
+    maildrop TEXT NOT NULL,
+    name BLOB NOT NULL,
+    failures INTEGER NOT NULL,
+    PRIMARY KEY (maildrop, name)
+) WITHOUT ROWID;
+"""
+
 # What counts for the caps of a vhost: copies that lie in active/, hold/ and failed/. Mail that only passes through is in
 # no index of its own.
 KEPT = "(state IN ('held', 'failed') OR state = 'active' AND (deferred_at IS NOT NULL OR decision IS NOT NULL))"
-SCHEMA_KEPT = f"CREATE INDEX message_kept ON message (maildrop, vhost, size, recipients) WHERE {KEPT};"
+SCHEMA_4 = f"CREATE INDEX message_kept ON message (maildrop, vhost, size, recipients) WHERE {KEPT};"
 
 # Each makes, of the version before it, the version that is its place here.
-SCHEMAS = (SCHEMA_1, SCHEMA_2, SCHEMA_KEPT)
+SCHEMAS = (SCHEMA_1, SCHEMA_2, SCHEMA_3, SCHEMA_4)
 VERSION = len(SCHEMAS)
 
 # What the partial index on states says; a query repeats it, or the index is not used.
@@ -290,6 +300,8 @@ class Ledger:
         if found > VERSION:
             raise LedgerError(f"{path}: version {found} is newer than {VERSION}, which this program knows; upgrade it")
         if found < VERSION:
+            if found:
+                self._keep(path, found)
             node = f"INSERT INTO meta VALUES ('node', '{os.urandom(8).hex()}');" if not found else ""
             try:
                 self._db.executescript(
@@ -302,10 +314,18 @@ class Ledger:
                 self._db.execute("ROLLBACK")
             os.chmod(path, 0o600)
 
+    def _keep(self, path: str, version: int) -> None:
+        """Keep the ledger as it is, for a return to the program that made it."""
+        kept = f"{path}.{version}"
+        with contextlib.closing(sqlite3.connect(f"{kept}.new")) as target:
+            self._db.backup(target)
+        os.chmod(f"{kept}.new", 0o600)
+        os.replace(f"{kept}.new", kept)
+
     def close(self) -> None:
         self._db.close()
 
-    @contextmanager
+    @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Everything inside becomes durable together, or not at all."""
         self._db.execute("BEGIN IMMEDIATE")
@@ -410,6 +430,16 @@ class Ledger:
             f"AND counted_at IS NULL AND {UNFINISHED}"
         )
         return [(found[0], found[1]) for found in self._db.execute(sql, (uid,))]
+
+    def poison(self) -> dict[tuple[str, bytes], int]:
+        """How often our own code has failed at a file in new/, by maildrop and name."""
+        return {(found[0], found[1]): found[2] for found in self._db.execute("SELECT maildrop, name, failures FROM poison")}
+
+    def put_poison(self, maildrop: str, name: bytes, failures: int) -> None:
+        """Write down that number, inside a transaction; 0 forgets it."""
+        self._db.execute("DELETE FROM poison WHERE maildrop = ? AND name = ?", (maildrop, name))
+        if failures:
+            self._db.execute("INSERT INTO poison VALUES (?, ?, ?)", (maildrop, name, failures))
 
     # Incidents.
 

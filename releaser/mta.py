@@ -166,7 +166,8 @@ class SmtpSession:
             raise Unreachable(_reply(code, reply))
         _socket(smtp).settimeout(REPLY_TIMEOUT)
         announced = smtp.esmtp_features.get("size", "")
-        self._learn_size(int(announced) if announced.isdigit() else 0)
+        # RFC 1870 section 3: up to 20 digits.
+        self._learn_size(int(announced) if re.fullmatch("[0-9]{1,20}", announced) else 0)
         self._sent = 0
         return smtp
 
@@ -193,16 +194,21 @@ class SmtpSession:
         if not accepted:
             return
         code, words = self._command(smtp, "DATA")
-        if code == 354:
-            with job.message() as stream:
-                for chunk in on_the_wire(stream):
-                    self._dot_sent = chunk == FINAL_DOT
-                    _socket(smtp).sendall(chunk)
-            _socket(smtp).settimeout(DOT_TIMEOUT)
-            code, reply = smtp.getreply()
-            _socket(smtp).settimeout(REPLY_TIMEOUT)
-            words = _reply(code, reply)
-        _all(accepted, code, words, outcomes)
+        if code != 354:
+            # Nothing was handed over, also where the reply is a yes.
+            _all(accepted, code if code // 100 == 5 else 451, f"to DATA: {words}", outcomes)
+            return
+        with job.message() as stream:
+            for chunk in on_the_wire(stream):
+                self._dot_sent = chunk == FINAL_DOT
+                _socket(smtp).sendall(chunk)
+        _socket(smtp).settimeout(DOT_TIMEOUT)
+        code, reply = smtp.getreply()
+        _socket(smtp).settimeout(REPLY_TIMEOUT)
+        if code // 100 not in (2, 4, 5):
+            # Torn or none at all: the message may have been taken.
+            raise smtplib.SMTPServerDisconnected(f"no reply to the final dot: {_reply(code, reply)}")
+        _all(accepted, code, _reply(code, reply), outcomes)
 
     def _recipient(self, smtp: smtplib.SMTP, recipient: str, notify: str) -> tuple[int, str]:
         if not recipient.isascii() and not smtp.has_extn("smtputf8"):

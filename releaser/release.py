@@ -12,7 +12,21 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from releaser import envelope, identity, layout, ledger, limits, maillog, mailqueue, message, pickup, policy, startup, usage
+from releaser import (
+    envelope,
+    identity,
+    layout,
+    ledger,
+    limits,
+    maillog,
+    mailqueue,
+    message,
+    pickup,
+    poison,
+    policy,
+    startup,
+    usage,
+)
 from releaser.batch import Batch
 from releaser.config import Config, VhostSettings
 from releaser.door import Door, Key
@@ -60,6 +74,7 @@ class Releaser:
         self._announced_size = 0
         # What the ledger has had no room for, in order: nothing else happens before.
         self._unwritten: list[Batch] = []
+        self._in_hand = poison.InHand(config.state, book)
         self._decisions_wait = True
         self._next_scan = 0.0
 
@@ -282,20 +297,32 @@ class Releaser:
             if found is None:
                 return
             vhost, name = found
+            if not self._in_hand.may(vhost, name):
+                self._corrupt(batch, vhost, name, f"our own code has failed at it {poison.ATTEMPTS} times, see the daemon's log")
+                self._in_hand.forget(vhost, name)
+                batch.put_poison(vhost, name, 0)
+                continue
             try:
                 self._take(batch, vhost, name)
             except ShutOut:
                 self._drops.shut_out(vhost, name)
             except pickup.NotYet as error:
                 self._drops.leave(vhost, name, str(error))
+            except sqlite3.OperationalError as error:
+                self._room.lacks(error)
+                self._drops.give_back(vhost, name)
+                return
             except OSError as error:
                 if self._room.lacks(error):
                     self._drops.give_back(vhost, name)
                     return
                 self._drops.leave(vhost, name, str(error), trace=True)
             except Exception as error:
-                # One message cannot stop the mail of all others; it stays in new/, where a person finds it.
+                # One message cannot stop the mail of all others; it stays in new/, and is tried again with the next scans.
                 self._drops.leave(vhost, name, f"internal error: {error!r}", trace=True)
+                batch.put_poison(vhost, name, self._in_hand.failed(vhost, name))
+            finally:
+                self._in_hand.done()
 
     def _take(self, batch: Batch, vhost: str, name: bytes) -> None:
         settings = self._settings(vhost)

@@ -71,7 +71,8 @@ def _message(data: bytes) -> None:
 def _spool_file(data: bytes) -> None:
     """A message that a customer has written into new/ himself."""
     sent = _sent(data)
-    assert _sent(sent) == sent
+    # Empty: too long a header. Near the limits it is our tag that makes it so.
+    assert not sent or _sent(sent) == sent or len(data) > AMPLIFIED // 2
     _on_the_wire(sent)
 
 

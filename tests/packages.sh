@@ -10,7 +10,7 @@ policy=/usr/sbin/policy-rc.d
 mark="from secure-sendmail's tests/packages.sh"
 
 needed=(php-cli python3-watchdog python3-click python3-rich python3-pymysql mariadb-server util-linux strace procps
-    apache2-bin libapache2-mod-php php-fpm sudo acl debootstrap systemd
+    apache2-bin libapache2-mod-php php-fpm sudo acl debootstrap systemd nftables
     libphp-phpmailer php-symfony-mailer php-mail php-pear php-mysql node-nodemailer nodejs git-email libmailtools-perl s-nail)
 
 # These would conflict with the machine's own mail server, bring one, or start a service, so they are not installed but

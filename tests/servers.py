@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -497,6 +498,111 @@ class Wire:
                 back.join()
                 with self._lock:
                     self._sockets -= {client, server}
+
+
+# What a Scripted server answers instead of words: it ends the connection.
+HANG_UP = b""
+# Takes the command, or the message, in its usual words.
+YES = None
+# At the end of a reply: these bytes are sent as they are, and then the connection ends.
+END = b"\0"
+Answer = Callable[[bytes], "bytes | None"]
+
+
+def always_yes(_command: bytes) -> bytes | None:
+    return YES
+
+
+class Scripted:
+    """A mail server that answers every command, and the final dot as b".", as `answer` says; it greets as `greet` says.
+
+    What it answers with 2xx, or not at all, at the final dot it has taken.
+    """
+
+    def __init__(self, answer: Answer = always_yes, greet: Callable[[], bytes | None] = lambda: YES) -> None:
+        self.answer, self.greet = answer, greet
+        self.messages: list[Message] = []
+        self.commands: list[bytes] = []
+        self.connections = 0
+        self._listener = socket.create_server((HOST, 0), backlog=100)
+        self.port: int = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"smtp://{HOST}:{self.port}"
+
+    @property
+    def bodies(self) -> list[bytes]:
+        """The first line of each message's text."""
+        return [message.data.partition(b"\r\n\r\n")[2].partition(b"\r\n")[0] for message in self.messages]
+
+    @property
+    def copies(self) -> Counter[str]:
+        """How often each recipient has got something."""
+        return Counter(recipient for message in self.messages for recipient in message.recipients)
+
+    def count(self, verb: bytes) -> int:
+        return sum(1 for command in self.commands if command.startswith(verb))
+
+    def close(self) -> None:
+        # Wakes the thread in accept().
+        _shut(self._listener, socket.SHUT_RDWR)
+        self._listener.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sender, recipients = "", list[str]()
+        with connection, connection.makefile("rb") as lines:
+            try:
+                greeting = self.greet()
+                if not _said(connection, b"220 test" if greeting is YES else greeting):
+                    return
+                while line := lines.readline().strip():
+                    self.commands.append(line)
+                    reply = self.answer(line)
+                    usual = b"250 ok"
+                    if line.startswith(b"EHLO"):
+                        usual = b"250-test\r\n250 8BITMIME"
+                    elif line.startswith(b"MAIL FROM:"):
+                        sender, recipients = _split_path(line.decode().partition(":")[2])[0], []
+                    elif line.startswith(b"RCPT TO:") and reply is YES:
+                        recipients.append(_split_path(line.decode().partition(":")[2])[0])
+                    elif line == b"DATA" and reply is YES:
+                        connection.sendall(b"354 go on\r\n")
+                        data = b"".join(iter(lines.readline, b".\r\n"))
+                        reply = self.answer(b".")
+                        if not reply or reply.startswith(b"2"):
+                            self.messages.append(Message(sender, recipients, data))
+                    if not _said(connection, usual if reply is YES else reply):
+                        return
+            except OSError:
+                # The client has ended the connection.
+                pass
+
+
+def _said(connection: socket.socket, reply: bytes) -> bool:
+    """Sends the reply; whether the connection goes on behind it."""
+    if reply == HANG_UP or reply.endswith(END):
+        connection.sendall(reply.removesuffix(END))
+        return False
+    connection.sendall(reply + b"\r\n")
+    return True
 
 
 def _script(path: Path, text: str) -> Path:

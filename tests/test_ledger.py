@@ -67,3 +67,8 @@ def test_ledger_of_version_1_is_taken_over(tmp_path: Path) -> None:
         ledger.close()
     with sqlite3.connect(tmp_path / "ledger.sqlite") as book:
         assert book.execute("PRAGMA user_version").fetchone() == (VERSION,)
+    # As it was, for whom it was made.
+    with sqlite3.connect(tmp_path / "ledger.sqlite.1") as kept:
+        assert kept.execute("PRAGMA user_version").fetchone() == (1,)
+        assert kept.execute("SELECT count(*) FROM message").fetchone() == (2,)
+    assert (tmp_path / "ledger.sqlite.1").stat().st_mode & 0o777 == 0o600

@@ -10,19 +10,18 @@ import errno
 import os
 import re
 import shutil
-import socket
 import sqlite3
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from host import Host, smtp, text
-from servers import HOST, Message
+from host import Host, text
+from servers import HANG_UP, YES, Answer, always_yes
+from servers import Scripted as Server
 
 from releaser import config, handover, layout, mailqueue, pickup, policy, release, usage
 from releaser.batch import Batch
@@ -34,106 +33,6 @@ MANY = [f"r{number}@x.example" for number in range(150)]
 THIRTY = MANY[:30]
 LARGE = b"y" * 70 + b"\n"
 ONE_MORE_MIB = pickup.SMALL // len(LARGE) + 1
-
-# What a server answers instead of words: it ends the connection.
-HANG_UP = b""
-# Takes the command, or the message, in its usual words.
-YES = None
-Answer = Callable[[bytes], "bytes | None"]
-
-
-def always_yes(_command: bytes) -> bytes | None:
-    return YES
-
-
-class Server:
-    """A mail server that answers every command, and the final dot as b".", as `answer` says.
-
-    What it answers with 2xx, or not at all, at the final dot it has taken.
-    """
-
-    def __init__(self, answer: Answer = always_yes) -> None:
-        self.answer = answer
-        self.messages: list[Message] = []
-        self.commands: list[bytes] = []
-        self.connections = 0
-        self._listener = socket.create_server((HOST, 0), backlog=100)
-        self.port = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return smtp(self.port)
-
-    @property
-    def bodies(self) -> list[bytes]:
-        """The first line of each message's text."""
-        return [message.data.partition(b"\r\n\r\n")[2].partition(b"\r\n")[0] for message in self.messages]
-
-    @property
-    def copies(self) -> Counter[str]:
-        """How often each recipient has got something."""
-        return Counter(recipient for message in self.messages for recipient in message.recipients)
-
-    def count(self, verb: bytes) -> int:
-        return sum(1 for command in self.commands if command.startswith(verb))
-
-    def close(self) -> None:
-        try:
-            # Wakes the thread in accept().
-            self._listener.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
-        self._listener.close()
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
-            self.connections += 1
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-
-    def _serve(self, connection: socket.socket) -> None:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sender, recipients = "", list[str]()
-        with connection, connection.makefile("rb") as lines:
-            try:
-                connection.sendall(b"220 test\r\n")
-                while line := lines.readline().strip():
-                    self.commands.append(line)
-                    reply = self.answer(line)
-                    if reply == HANG_UP:
-                        return
-                    if line.startswith(b"EHLO"):
-                        reply = reply or b"250-test\r\n250 8BITMIME"
-                    elif line.startswith(b"MAIL FROM:"):
-                        sender, recipients = _address(line), []
-                    elif line.startswith(b"RCPT TO:") and reply is YES:
-                        recipients.append(_address(line))
-                    elif line == b"DATA" and reply is YES:
-                        connection.sendall(b"354 go on\r\n")
-                        data = b"".join(iter(lines.readline, b".\r\n"))
-                        reply = self.answer(b".")
-                        if not reply or reply.startswith(b"2"):
-                            self.messages.append(Message(sender, recipients, data))
-                        if reply == HANG_UP:
-                            return
-                    connection.sendall((reply or b"250 ok") + b"\r\n")
-            except OSError:
-                # The client has ended the connection.
-                pass
-
-
-def _address(line: bytes) -> str:
-    return line.partition(b"<")[2].partition(b">")[0].decode()
 
 
 class Crash(BaseException):

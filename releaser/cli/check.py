@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import click
 
 from releaser import config, daemon, door, errorlog, identity, layout, ledger, mailqueue, policy, provision, startup
-from releaser.cli import output
+from releaser.cli import lockdown, output
 from releaser.cli.context import Context, json_option, pass_context
 from releaser.cli.vhost import who_works
 from releaser.identity import Identity
@@ -49,8 +49,10 @@ def check(context: Context, repair: bool, as_json: bool) -> None:
     """Say what needs repair. Exit status 1 if anything does; warnings alone are 0."""
     # What the releaser would log at its start is said below.
     LOG.addHandler(logging.NullHandler())
-    who = _settle(context, repair)
     found = Found()
+    if os.geteuid() == 0:
+        found.warnings += lockdown.ways(context.config)
+    who = _settle(context, repair)
     names = Outside(context.config, who, repair, found).look()
     # As the releaser's user: what lies in the queues is its own.
     found.add(identity.run_as(who, lambda: vars(Inside(context.config, who, repair).look(names))))

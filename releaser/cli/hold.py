@@ -114,7 +114,7 @@ def _verb(name: str, text: str) -> None:
         _decide(context, name, chosen, failed, why, dry_run, yes)
 
 
-_verb("release", "Send held mail now, whatever the limits say; or what the MTA has refused, once more.")
+_verb("release", "Send held mail now, or once more what the MTA has refused.")
 _verb("delete", "Put held or refused mail into the trash; undelete takes it back.")
 _verb("undelete", "Take deleted mail back into the hold queue.")
 
