@@ -10,9 +10,9 @@ Security: runs as the caller. Opens the maildrop and nothing else: no network, n
 about its caller is a claim; the releaser trusts the directory and the file's owner only.
 
 Exit status: 0 only when the message is durable in the maildrop. 64 usage or a mode that is not offered; 65 no or
-ambiguous recipients, or no message; 69 too large, or the vhost's mail is refused for now; 73 cannot create in tmp/; 74 a
-later read, write, sync or rename failed; 77 the maildrop is closed to this user; 78 there is no such spool or vhost. Each
-failure is one line on standard error and in syslog, and nothing is left in new/.
+ambiguous recipients, or no message; 69 too large, or the vhost's mail is refused for now; 73 cannot create in tmp/;
+74 a later read, write, sync or rename failed; 77 the maildrop is closed to this user; 78 there is no such spool or
+vhost. Each failure is one line on standard error and in syslog, and nothing is left in new/.
 
 Files: DIR/vhosts/VHOST/{tmp,new,policy}, DIR/wake; DIR is /var/spool/php-secure-sendmail.
 """

@@ -17,6 +17,10 @@ class Batch:
         self._writes: list[Callable[[], None]] = []
         self._after: list[Callable[[], None]] = []
 
+    def now(self) -> float:
+        """The time by the clock of the ledger."""
+        return self._ledger.clock.now()
+
     def put(self, row: Row) -> None:
         """Write ROW as it is when the batch is committed."""
         self._writes.append(partial(self._ledger.put, row))
@@ -50,6 +54,7 @@ class Batch:
         """Write, then act. Raises sqlite3.Error with nothing written, and may then be called again."""
         if self._writes:
             with self._ledger.transaction():
+                self._ledger.keep_time()
                 for write in self._writes:
                     write()
             self._writes = []

@@ -7,6 +7,7 @@ import pwd
 import re
 import time
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -174,6 +175,7 @@ SECTIONS: dict[str, dict[str, Key]] = {
     },
     "limits": {
         "default": Key(_limits, ["50/5m", "100/30m", "200/1h", "500/1d"]),
+        "shared_uid": Key(_limits, None),
         "count": Key(_COUNT, "recipients"),
         "over_limit": Key(_OVER_LIMIT, "hold"),
         "max_message_size": Key(size, "50M"),
@@ -214,7 +216,7 @@ VHOST_KEYS = {
 }
 
 NOT_BUILT = {
-    "limits": ("shared_uid", "pace_max"),
+    "limits": ("pace_max",),
 }
 
 
@@ -288,6 +290,8 @@ class Config:
     complaints_header: str
     complaints_to: str
     error_log: str | None
+    # Of a uid that several vhosts share, together.
+    shared_uid: tuple[limits.Limit, ...] | None
     # Bytes; 0: the file system is not looked at.
     min_free: int
     # Whom one mail per incident goes to.
@@ -300,14 +304,31 @@ class Config:
     _patterns: dict[str, dict[str, Any]] = field(repr=False)
     # What was looked up already.
     _found: dict[str, VhostSettings] = field(default_factory=dict, init=False, repr=False)
-    _uids: dict[str, tuple[float, frozenset[int]]] = field(default_factory=dict, init=False, repr=False)
+    _uids: dict[str, tuple[float, dict[str, int]]] = field(default_factory=dict, init=False, repr=False)
+    _sharers: Counter[str] = field(default_factory=Counter, init=False, repr=False)
 
     def uids(self, vhost: str) -> frozenset[int]:
         """The uids of the vhost's users, as far as they exist."""
+        return frozenset(self._users(vhost).values())
+
+    def shares_uid(self, vhost: str, uid: int) -> bool:
+        """Whether UID has a limit that VHOST shares with other vhosts that have the same user, by the same name."""
+        return self.shared_uid is not None and any(
+            found == uid and self.sharers(user) > 1 for user, found in self._users(vhost).items()
+        )
+
+    def sharers(self, user: str) -> int:
+        """How many vhosts have USER, by that name, among their users."""
+        if not self._sharers:
+            self._sharers.update(user for keys in self._exact.values() for user in keys.get("users", ()))
+        return self._sharers[user]
+
+    def _users(self, vhost: str) -> dict[str, int]:
+        """The uids of the vhost's users, by name, as far as they exist."""
         now = time.monotonic()
-        looked_up, found = self._uids.get(vhost, (-UIDS_AGE, frozenset()))
+        looked_up, found = self._uids.get(vhost, (-UIDS_AGE, {}))
         if now - looked_up >= UIDS_AGE:
-            found = frozenset(uid for uid in map(uid_of, self.vhost(vhost).users or ()) if uid is not None)
+            found = {user: uid for user in self.vhost(vhost).users or () if (uid := uid_of(user)) is not None}
             self._uids[vhost] = now, found
         return found
 
@@ -323,6 +344,12 @@ class Config:
     def has_section(self, name: str) -> bool:
         """Whether the vhost is configured by name."""
         return name in self._exact
+
+    @property
+    def of_uids(self) -> VhostSettings:
+        """The settings of a uid that several names share: limits and count are its."""
+        settings = self.unregistered(layout.UNREGISTERED)
+        return settings if self.shared_uid is None else replace(settings, limits=self.shared_uid)
 
     def unregistered(self, name: str) -> VhostSettings:
         """The settings of a vhost that only claims its NAME: never more than the default limits."""
@@ -392,6 +419,7 @@ def load(file: str) -> Config:
         complaints_header=tag["complaints_header"],
         complaints_to=tag["complaints_to"].replace("HOSTNAME", os.uname().nodename),
         error_log=sections["log"]["error_log"],
+        shared_uid=sections["limits"]["shared_uid"],
         min_free=sections["limits"]["min_free"],
         notify=sections["limits"]["notify"],
         mysql=Mysql(**sections["mysql"]) if "mysql" in document else None,

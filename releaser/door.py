@@ -41,7 +41,7 @@ class Door:
         self._ledger = book
         # Messages and bytes in our directories.
         self._kept: dict[Key, tuple[int, int]] = {}
-        # Where a cap is reached, or a limit until then (seconds since 1970): the sentence for who sends.
+        # Where a cap is reached, or a limit until then, by the clock of the ledger: the sentence for who sends.
         self._full: dict[Key, str] = {}
         self._over: dict[Key, tuple[str, float]] = {}
         # Whose mail waits behind a closed door, said already.
@@ -151,7 +151,8 @@ class Door:
         if limit is not None:
             # Never in the second in which it fits, of which only a part is behind it.
             until = math.floor(when) + 1 if when < math.inf else math.inf
-            times = f" until {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(until))}" if until < math.inf else ""
+            shown = round(self._ledger.clock.wall(until)) if until < math.inf else 0
+            times = f" until {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(shown))}" if shown else ""
             closed = f"{key[1]} has reached its limit of {limit.text}: no more mail of it is accepted{times}", until
             self.limits_lately[key] = limit
         if closed != self._over.get(key):
@@ -176,7 +177,7 @@ class Door:
 
     @property
     def next(self) -> float:
-        """When a limit lets mail through again, in seconds since 1970."""
+        """When a limit lets mail through again, by the clock of the ledger."""
         return min((until for _, until in self._over.values()), default=math.inf)
 
     # What the policies say.
@@ -196,7 +197,7 @@ class Door:
         return list(found.items())
 
     def until(self, maildrop: str) -> float:
-        """When the first of the refusals for MAILDROP ends by itself, in seconds since 1970."""
+        """When the first of the refusals for MAILDROP ends by itself, by the clock of the ledger."""
         return min((until for (drop, _), (_, until) in self._over.items() if drop == maildrop), default=math.inf)
 
     @property

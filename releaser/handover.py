@@ -73,6 +73,7 @@ class HandOver:
         self.busy: set[str] = set()
         self._spool = spool
         self._ledger = book
+        self._now = book.clock.now
         self._drops = drops
         self._accounts = accounts
         self._room = room
@@ -95,7 +96,7 @@ class HandOver:
 
     @property
     def down_until(self) -> float:
-        """Until then, in seconds since 1970, the MTA is left alone."""
+        """Until then, by the clock of the ledger, the MTA is left alone."""
         return self._down_until
 
     @property
@@ -105,7 +106,7 @@ class HandOver:
 
     @property
     def next_retry(self) -> float | None:
-        """When something in active/ can be tried, in seconds since 1970; None: nothing waits but for a vhost in flight."""
+        """When something in active/ can be tried, by the clock of the ledger; None: nothing waits but for a vhost in flight."""
         if self._may_retry and any(name not in self.busy for name in self._due):
             return 0.0
         return self._retries[0][0] if self._retries else None
@@ -132,7 +133,7 @@ class HandOver:
             self._due.setdefault(new, deque()).extend(self._due.pop(old))
 
     def later(self, stamp: float, queue_id: str) -> None:
-        """Try the message in active/ at STAMP."""
+        """Try the message in active/ at STAMP, by the clock of the ledger."""
         heapq.heappush(self._retries, (stamp, queue_id))
 
     def begin(self, batch: Batch, flight: Flight) -> None:
@@ -151,7 +152,7 @@ class HandOver:
 
     def retry(self, batch: Batch) -> None:
         """Begin again what waits in active/ and is due, the maildrops in turn."""
-        while self._retries and self._retries[0][0] <= time.time():
+        while self._retries and self._retries[0][0] <= self._now():
             _, queue_id = heapq.heappop(self._retries)
             row = self._ledger.row(queue_id)
             if row is not None and row.state == ACTIVE:
@@ -181,14 +182,14 @@ class HandOver:
         except FileNotFoundError:
             if row.decision == "release" and os.path.exists(layout.path(self._spool, "hold", queue_id)):
                 startup.place(self._spool, row)
-                self.later(time.time() + MESSAGE_BACKOFF[0], queue_id)
+                self.later(self._now() + MESSAGE_BACKOFF[0], queue_id)
             else:
                 startup.close_unknown(batch, row, f"active/{queue_id} has gone")
             return
         except startup.UNREADABLE as error:
             # It may be readable later, or by a newer program; nothing is lost by waiting.
             LOG.error(maillog.unknown(queue_id, row.vhost, f"active/{queue_id} cannot be read now: {error}"))
-            self.later(time.time() + MESSAGE_BACKOFF[0 if isinstance(error, OSError) else 1], queue_id)
+            self.later(self._now() + MESSAGE_BACKOFF[0 if isinstance(error, OSError) else 1], queue_id)
             return
         if queue_id in self._drops.removed:
             row.source = None
@@ -244,9 +245,9 @@ class HandOver:
         """Nothing was handed over in this attempt: the mail stays where it is, and all mail waits."""
         row = flight.row
         first, most = MTA_BACKOFF
-        if not self._backoff or time.time() >= self._down_until:
+        if not self._backoff or self._now() >= self._down_until:
             self._backoff = min(max(self._backoff * 2, first), most)
-            self._down_until = time.time() + self._backoff
+            self._down_until = self._now() + self._backoff
             LOG.error(maillog.mta_down(words, self._backoff))
         # Nothing of this message has ever reached the MTA.
         untouched = not flight.answered and (row.maildrop, row.source) not in self._drops.known
@@ -273,7 +274,7 @@ class HandOver:
         self._drops.give_back(row.maildrop, (row.source or "").encode())
 
     def _outcome(self, batch: Batch, flight: Flight, outcomes: list[Outcome]) -> None:
-        row, now = flight.row, time.time()
+        row, now = flight.row, self._now()
         flight.answered = True
         if flight.again:
             flight.again = False
@@ -305,7 +306,7 @@ class HandOver:
         if row.limited and row.counted_at is None:
             row.counted_at = now
             for account in self._accounts(row):
-                account.confirm(row.queue_id, now, row.recipients)
+                account.confirm(row.queue_id, now, row.recipients, row.vhost)
         # Without a reply to the final dot the next attempt may make a duplicate, and says so.
         row.attempt_open = int(any(outcome.kind is Kind.UNKNOWN for outcome in flight.deferred))
         self._settle(batch, flight)
@@ -315,7 +316,7 @@ class HandOver:
         row = flight.row
         try:
             if row.remaining:
-                self._defer(batch, flight, time.time())
+                self._defer(batch, flight, self._now())
             else:
                 self._end(batch, flight)
         except OSError as error:

@@ -32,6 +32,7 @@ class Incidents:
         """SETTINGS says what holds for a vhost."""
         self.config = config
         self._ledger = book
+        self._clock = book.clock
         self._settings = settings
         # Error logs that could not be written, said already.
         self._failed: set[str] = set()
@@ -42,12 +43,12 @@ class Incidents:
         found = self._ledger.incidents()
         self._open = {incident.vhost: incident for incident in found if incident.ended_at is None}
         self._unnoticed = [incident for incident in found if incident.notified_at is None]
-        # When step() has something to do, in seconds since 1970.
+        # When step() has something to do, by the clock of the ledger.
         self.next = 0.0
 
     def over(self, batch: Batch, vhost: str, limit: Limit, over_limit: str, messages: int = 1) -> bool:
         """So many more MESSAGES of VHOST are over LIMIT; return whether that opens an incident."""
-        now = time.time()
+        now = self._clock.now()
         incident = self._open.get(vhost)
         if incident is not None and incident.observed != OVER_LIMIT.index(over_limit):
             # Something else becomes of the mail from now on.
@@ -55,7 +56,7 @@ class Incidents:
             incident = None
         opened = incident is None
         if incident is None:
-            warning = errorlog.exceeded(now, vhost, limit, over_limit)
+            warning = errorlog.exceeded(time.time(), vhost, limit, over_limit)
             incident = Incident(vhost, now, now, OVER_LIMIT.index(over_limit), limit.text, warning, messages)
             self._open[vhost] = incident
             self._unnoticed.append(incident)
@@ -84,7 +85,7 @@ class Incidents:
 
     def step(self, batch: Batch) -> tuple[list[str], list[str]]:
         """End what is over, send what is due; return the vhosts whose incident has ended, and the notices' queue ids."""
-        now = time.time()
+        now = self._clock.now()
         if now < self.next:
             return [], []
         ended = [name for name, incident in self._open.items() if incident.last_at + self._quiet(name) <= now]
@@ -102,12 +103,13 @@ class Incidents:
     def close(self, vhosts: list[str], batch: Batch) -> None:
         """End the incidents of VHOSTS, which have gone."""
         for vhost in vhosts:
-            self._end(batch, vhost, time.time())
+            self._end(batch, vhost, self._clock.now())
 
     def _end(self, batch: Batch, vhost: str, now: float) -> None:
         incident = self._open.pop(vhost)
         incident.ended_at = now
-        self._tell(vhost, errorlog.ended(now, vhost, incident.held, OVER_LIMIT[incident.observed], incident.opened_at))
+        opened, ended = self._clock.wall(incident.opened_at), self._clock.wall(now)
+        self._tell(vhost, errorlog.ended(ended, vhost, incident.held, OVER_LIMIT[incident.observed], opened))
         batch.put_incident(incident)
 
     def _quiet(self, vhost: str) -> int:
@@ -159,18 +161,18 @@ class Incidents:
 
     def _send(self, batch: Batch, notify: str, incidents: list[Incident], now: float) -> str:
         """Put a notice into active/, from where it goes to the MTA, outside all limits."""
-        queue_id, host = layout.new_queue_id(), os.uname().nodename.lower()
+        queue_id, host, arrived = layout.new_queue_id(), os.uname().nodename.lower(), time.time()
         vhost = host if layout.is_vhost(host) else "localhost"
         message_id = f"<{queue_id}@{vhost}>"
         subject, text = self._text(incidents)
         header = (
-            f"Date: {formatdate(now)}\nFrom: secure-sendmail <{notify}>\nTo: {notify}\nSubject: {subject}\n"
+            f"Date: {formatdate(arrived)}\nFrom: secure-sendmail <{notify}>\nTo: {notify}\nSubject: {subject}\n"
             f"Message-ID: {message_id}\nAuto-Submitted: auto-generated\nMIME-Version: 1.0\n"
             "Content-Type: text/plain; charset=utf-8\nContent-Transfer-Encoding: 8bit\n\n"
         )
         row = Row(
             queue_id=queue_id, vhost=vhost, state=ACTIVE, source=None, digest="", recipients=1, remaining=[notify], sender="",
-            size=0, arrived_at=utc(now), picked_up_at=utc(now), uid=os.geteuid(), verified=1, message_id=message_id,
+            size=0, arrived_at=utc(arrived), picked_up_at=utc(arrived), uid=os.geteuid(), verified=1, message_id=message_id,
             subject=subject, script="", cwd="", reason="notice of an incident", refused=[], limited=0, next_try=now,
         )  # fmt: skip
         head = Envelope(vhost=vhost, recipients=(notify,), sender="", arrived=row.arrived_at, message_id=message_id,
@@ -189,7 +191,7 @@ class Incidents:
             subject = f"{host}: {incidents[0].vhost} is over its limit, mail is {becomes[0]}"
         parts = []
         for incident, what in zip(incidents[:DESCRIBED], becomes, strict=False):
-            top = self._ledger.top_script(incident.vhost, incident.opened_at - NOTICES_SECONDS)
+            top = self._ledger.top_script(incident.vhost, self._clock.wall(incident.opened_at) - NOTICES_SECONDS)
             script = f"{_ascii(top[0])} ({top[1]} messages in an hour; what they say of themselves)" if top else "not known"
             review = f"limits show {incident.vhost}" if incident.observed else f"hold list --vhost {incident.vhost}"
             if incident.vhost == layout.UNREGISTERED:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
+from releaser.clock import Clock
 from releaser.visible import visible
 
 FILE = "ledger.sqlite"
@@ -155,8 +156,15 @@ CREATE TABLE poison (
 KEPT = "(state IN ('held', 'failed') OR state = 'active' AND (deferred_at IS NOT NULL OR decision IS NOT NULL))"
 SCHEMA_4 = f"CREATE INDEX message_kept ON message (maildrop, vhost, size, recipients) WHERE {KEPT};"
 
+# The windows of a uid see all its mail; the clock is not behind what was counted by the machine's.
+SCHEMA_5 = """
+DROP INDEX message_usage_of_uid;
+CREATE INDEX message_usage_of_uid ON message (uid, counted_at) WHERE counted_at IS NOT NULL;
+INSERT INTO meta SELECT 'clock', '0.0 ' || max(counted_at) FROM message HAVING max(counted_at) IS NOT NULL;
+"""
+
 # Each makes, of the version before it, the version that is its place here.
-SCHEMAS = (SCHEMA_1, SCHEMA_2, SCHEMA_3, SCHEMA_4)
+SCHEMAS = (SCHEMA_1, SCHEMA_2, SCHEMA_3, SCHEMA_4, SCHEMA_5)
 VERSION = len(SCHEMAS)
 
 # What the partial index on states says; a query repeats it, or the index is not used.
@@ -277,7 +285,8 @@ def is_utc(text: str) -> bool:
 
 
 class Ledger:
-    """An open ledger. One per thread. Times in logged_at, arrived_at, held_at and executed_at are ISO 8601 in UTC."""
+    """An open ledger. One per thread. Times in logged_at, arrived_at, held_at and executed_at are ISO 8601 in UTC, by the
+    machine's clock; stamps, in seconds, are by the ledger's own."""
 
     def __init__(self, state: str, create: bool = False) -> None:
         """Open STATE/ledger.sqlite, made where CREATE. Raises LedgerError."""
@@ -293,6 +302,9 @@ class Ledger:
         except sqlite3.Error as error:
             raise LedgerError(f"{path}: {error}") from None
         self.node = str(self._db.execute("SELECT value FROM meta WHERE key = 'node'").fetchone()[0])
+        found = self._db.execute("SELECT value FROM meta WHERE key = 'clock'").fetchone()
+        # What the stamps of windows, retries and incidents are measured by.
+        self.clock = Clock(str(found[0]) if found else "")
         self._host = socket.gethostname()
 
     def _open(self, path: str) -> None:
@@ -339,6 +351,10 @@ class Ledger:
             raise
 
     # What the daemon writes, inside a transaction.
+
+    def keep_time(self) -> None:
+        """Let the clock never be behind what is written now."""
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES ('clock', ?)", (str(self.clock),))
 
     def put(self, row: Row) -> None:
         """Write ROW, new or known. The command writes to held and trashed rows only, and the daemon puts these only to
@@ -402,34 +418,21 @@ class Ledger:
         """MOST messages with a decision that is not carried out yet."""
         return self.rows("decision IS NOT NULL AND executed_at IS NULL", most=most)
 
-    def usage(self, vhost: str, since: float) -> list[tuple[float, int]]:
-        """(stamp, recipients) of what VHOST sent after SINCE, in order of time."""
-        sql = "SELECT counted_at, recipients FROM message WHERE vhost = ? AND counted_at > ? ORDER BY counted_at"
-        return [(found[0], found[1]) for found in self._db.execute(sql, (vhost, since))]
-
-    def reserved(self, vhost: str) -> list[tuple[str, int]]:
-        """(queue id, recipients) of VHOST's messages that are under way and count as now."""
+    def usage(self, column: str, value: str | int, since: float) -> list[tuple[float, int, str, str]]:
+        """(stamp, recipients, vhost, maildrop) of what was sent after SINCE, where COLUMN, vhost or uid, is VALUE, in order."""
         sql = (
-            "SELECT queue_id, recipients FROM message WHERE state = 'active' AND vhost = ? AND limited AND counted_at IS NULL "
-            f"AND {UNFINISHED}"
-        )
-        return [(found[0], found[1]) for found in self._db.execute(sql, (vhost,))]
-
-    def usage_of_uid(self, uid: int, since: float) -> list[tuple[float, int]]:
-        """(stamp, recipients) of what UID sent after SINCE through the shared maildrop, in order of time."""
-        sql = (
-            "SELECT counted_at, recipients FROM message WHERE uid = ? AND verified = 0 AND counted_at > ? "
+            f"SELECT counted_at, recipients, vhost, maildrop FROM message WHERE {column} = ? AND counted_at > ? "
             "AND counted_at IS NOT NULL ORDER BY counted_at"
         )
-        return [(found[0], found[1]) for found in self._db.execute(sql, (uid, since))]
+        return [(found[0], found[1], found[2], found[3]) for found in self._db.execute(sql, (value, since))]
 
-    def reserved_of_uid(self, uid: int) -> list[tuple[str, int]]:
-        """(queue id, recipients) of what UID has under way through the shared maildrop."""
+    def reserved(self, column: str, value: str | int) -> list[tuple[str, int, str, str]]:
+        """(queue id, recipients, vhost, maildrop) of such messages that are under way and count as now."""
         sql = (
-            "SELECT queue_id, recipients FROM message WHERE state = 'active' AND uid = ? AND NOT verified AND limited "
+            f"SELECT queue_id, recipients, vhost, maildrop FROM message WHERE state = 'active' AND {column} = ? AND limited "
             f"AND counted_at IS NULL AND {UNFINISHED}"
         )
-        return [(found[0], found[1]) for found in self._db.execute(sql, (uid,))]
+        return [(found[0], found[1], found[2], found[3]) for found in self._db.execute(sql, (value,))]
 
     def poison(self) -> dict[tuple[str, bytes], int]:
         """How often our own code has failed at a file in new/, by maildrop and name."""

@@ -32,6 +32,8 @@ class Maildrop:
     # Whether it waits for its turn.
     waiting: bool = False
     listed_ns: int = 0
+    # When it was changed last before that.
+    changed_ns: int = 0
     # Of new/: another one means that the vhost was removed and made again; so does another bell in a policy that is
     # not the one we last saw.
     inode: int = 0
@@ -89,12 +91,13 @@ class Maildrops:
                 drop = None
             if drop is None:
                 drop = self._add(vhost, status.st_ino)
-            # A file can arrive in the same tick of the clock as the last listing, hence the two seconds.
             drop.again = bool(drop.left)
-            if status.st_mtime_ns + 2_000_000_000 > drop.listed_ns or drop.again:
+            # A file can arrive in the same tick of the clock as the last listing, hence the two seconds.
+            fresh = abs(drop.listed_ns - drop.changed_ns) < 2_000_000_000
+            if status.st_mtime_ns != drop.changed_ns or fresh or drop.again:
                 self._mark(vhost, drop)
-        if time.time() >= self._next_cleaning:
-            self._next_cleaning = time.time() + CLEANING
+        if time.monotonic() >= self._next_cleaning:
+            self._next_cleaning = time.monotonic() + CLEANING
             self._clean()
 
     def rung(self, bells: set[str]) -> None:
@@ -261,6 +264,7 @@ class Maildrops:
     def _list(self, vhost: str, drop: Maildrop) -> None:
         drop.listed_ns = time.time_ns()
         try:
+            drop.changed_ns = os.stat(f"{layout.maildrop(self._spool, vhost)}/new").st_mtime_ns
             listed = pickup.names(self._spool, vhost)
         except OSError as error:
             if error.errno in LACKS:

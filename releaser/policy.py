@@ -34,7 +34,7 @@ def render(
         lines.append(("Sender", sender))
     if warnings or refusals:
         # In steps of half an hour, so that the file changes no more often.
-        lines.append(("Until", str(int(min(int(now) // UNTIL_STEP * UNTIL_STEP + 2 * UNTIL_STEP, until)))))
+        lines.append(("Until", str(round(min(int(now) // UNTIL_STEP * UNTIL_STEP + 2 * UNTIL_STEP, until)))))
         lines += [("Warning", f"{vhost} {line}") for vhost, line in warnings]
         lines += [("Refuse", f"{vhost} {sentence}") for vhost, sentence in refusals]
     lines.append(("End", str(VERSION)))

@@ -59,8 +59,9 @@ class Releaser:
         self.config = config
         self._private = private
         self._ledger = book
+        self._now = book.clock.now
         self._spool = config.spool
-        # By vhost, and by uid for what comes through the shared maildrop.
+        # By vhost, and by uid where several names share one.
         self._accounts: dict[str | int, limits.Account] = {}
         self._room = Room()
         self._incidents = Incidents(config, book, self._settings)
@@ -95,7 +96,7 @@ class Releaser:
 
     def scan(self) -> None:
         """Look at everything, whether or not a bell was heard."""
-        self._next_scan = time.time() + layout.SCAN_INTERVAL
+        self._next_scan = self._now() + layout.SCAN_INTERVAL
         self._door.look_at_room()
         self._door.load()
         self.look()
@@ -164,7 +165,7 @@ class Releaser:
             batch.then(partial(self._drops.write_policy, vhost))
         for queue_id in notices:
             batch.then(partial(self._handover.later, 0.0, queue_id))
-        if time.time() >= self._handover.down_until and self._room.there:
+        if self._now() >= self._handover.down_until and self._room.there:
             # New mail finds out whether the MTA is back: what waits in active/ may be what it hangs up on.
             first, second = self._handover.retry, self._pick_up
             if self._handover.probing:
@@ -176,7 +177,7 @@ class Releaser:
         if self._handover.senders.max_size != self._announced_size:
             self._announced_size = self._handover.senders.max_size
             self._drops.write_policies()
-        if time.time() >= self._next_scan:
+        if self._now() >= self._next_scan:
             self.scan()
         elif self._drops.frozen:
             self._carry_over()
@@ -189,7 +190,7 @@ class Releaser:
     @property
     def idle(self) -> bool:
         """Nothing is left that could be done now."""
-        now, retry = time.time(), self._handover.next_retry
+        now, retry = self._now(), self._handover.next_retry
         work = (self._door.room and self._drops.waiting(self._door.shut)) or (retry is not None and retry <= now)
         return not self._handover.in_flight and not self._decisions_wait and (not work or self._handover.down_until > now)
 
@@ -216,7 +217,7 @@ class Releaser:
         self._handover.senders.join()
 
     def _pause(self) -> float:
-        now = time.time()
+        now = self._now()
         due = [self._next_scan, self._incidents.next, self._door.next]
         if not self._room.there or self._unwritten:
             return PAUSE
@@ -254,7 +255,7 @@ class Releaser:
 
     def _see_to_door(self) -> None:
         """Close and open the doors as limits and caps say by now."""
-        now = time.time()
+        now = self._now()
         moved, self._moved = self._moved.union(self._door.due(now)), set()
         for key in moved:
             # A vhost's own mail is counted as such, whoever else claims its name.
@@ -352,9 +353,9 @@ class Releaser:
             if stopped is not None:
                 if (known.attempt_open or len(known.remaining) < known.recipients) and known.counted_at is None:
                     # Some have it, or may have it.
-                    known.counted_at = time.time()
+                    known.counted_at = self._now()
                     for account in self._accounts_of(known):
-                        account.confirm(known.queue_id, known.counted_at, known.recipients)
+                        account.confirm(known.queue_id, known.counted_at, known.recipients, known.vhost)
                 # S4 -> S3, where there is a copy.
                 mailqueue.remove(self._spool, "active", known.queue_id)
                 self._hold(batch, known, submitted, stopped)
@@ -383,7 +384,7 @@ class Releaser:
         row.attempts = 1
         self._send(batch, row, submitted)
         for account in self._accounts_of(row):
-            account.reserve(row.queue_id, row.recipients)
+            account.reserve(row.queue_id, row.recipients, row.vhost)
 
     def _let_in(self, row: Row) -> None:
         """Raise ShutOut where the door of ROW's vhost is closed."""
@@ -407,7 +408,7 @@ class Releaser:
         if not all(envelope.one_mailbox(recipient) for recipient in row.remaining):
             return "ambiguous recipient: without a domain or a name, or with %, ! or two @, the MTA may take it for others", None
         for account in self._accounts_of(row):
-            excess = account.exceeded(row.recipients, time.time())
+            excess = account.exceeded(row.recipients, self._now(), row.vhost)
             if excess is not None:
                 return excess.reason, excess
         return "", None
@@ -488,7 +489,7 @@ class Releaser:
         startup.close_unknown(batch, row, reason)
         if reserved:
             for account in accounts:
-                account.confirm(row.queue_id, row.counted_at or time.time(), row.recipients)
+                account.confirm(row.queue_id, row.counted_at or self._now(), row.recipients, row.vhost)
 
     def _close_vanished(self) -> None:
         """Open attempts of an earlier run whose file its owner has removed before it was read again."""
@@ -570,7 +571,7 @@ class Releaser:
             row.remaining, row.refused = row.concerned, []
             if decision == "release":
                 row.deferred_at = None
-                row.state, row.limited, row.next_try = ACTIVE, 0, time.time()
+                row.state, row.limited, row.next_try = ACTIVE, 0, self._now()
                 batch.then(partial(self._handover.later, row.next_try, row.queue_id))
             else:
                 row.state = TRASHED if decision == "delete" else HELD
@@ -587,9 +588,9 @@ class Releaser:
         return self.config.vhost(vhost) if own else self.config.unregistered(vhost)
 
     def _accounts_of(self, row: Row) -> list[limits.Account]:
-        """The accounts that ROW counts for: its vhost's, and its uid's where the vhost is only claimed."""
+        """The accounts that ROW counts for: its vhost's, and its uid's where the vhost is only claimed or shares the uid."""
         found = [self._account(row.vhost)]
-        if row.maildrop == layout.UNREGISTERED and not self._private:
+        if not self._private and (row.maildrop == layout.UNREGISTERED or self.config.shares_uid(row.vhost, row.uid)):
             found.append(self._account_of_uid(row.uid))
         return found
 
@@ -602,8 +603,7 @@ class Releaser:
     def _account_of_uid(self, uid: int) -> limits.Account:
         account = self._accounts.get(uid)
         if account is None:
-            settings = self._settings(layout.UNREGISTERED)
-            account = self._accounts[uid] = usage.account_of_uid(self._ledger, uid, settings)
+            account = self._accounts[uid] = usage.account_of_uid(self._ledger, uid, self.config)
         return account
 
     def _is_renamed(self, old: str, new: str) -> bool:
@@ -633,7 +633,7 @@ class Releaser:
         if vhost == layout.UNREGISTERED:
             vhosts += [name for name in self._incidents.vhosts if name not in self._drops]
         warnings, refusals = self._incidents.warnings(vhosts), self._door.refusals(vhost)
-        now, until = time.time(), self._door.until(vhost)
+        now, until = time.time(), self._ledger.clock.wall(self._door.until(vhost))
         return policy.render(self.config, vhost, bell, self._max_size(vhost), warnings, now, refusals, until)
 
     def _max_size(self, vhost: str) -> int:

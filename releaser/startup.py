@@ -70,7 +70,7 @@ def close_unknown(batch: Batch, row: Row, reason: str) -> None:
     batch.log_all("unknown", row, reason)
     row.state, row.attempt_open, row.source = UNKNOWN, 0, None
     if row.limited and row.counted_at is None:
-        row.counted_at = time.time()
+        row.counted_at = batch.now()
     batch.put(row)
     LOG.error(maillog.unknown(row.queue_id, row.vhost, reason))
 

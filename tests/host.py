@@ -62,6 +62,8 @@ class Host:
         self._mta = mta or f"maildir:{self.maildir}"
         self._default = list(default)
         self._extra = extra
+        # What the releaser and enqueue are started through, such as env with its settings.
+        self.through: list[str | Path] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._finalizer = weakref.finalize(self, _remove, self._processes, self.directory)
         self.config.parent.mkdir(mode=0o700)
@@ -96,7 +98,7 @@ class Host:
         if "stdin" not in options:
             options["input"] = text("one@x.example") if message is None else message
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "timeout": 60, **options}
-        return subprocess.run([ENQUEUE, "--spool", self.spool, vhost, *words], **options)
+        return subprocess.run([*self.through, ENQUEUE, "--spool", self.spool, vhost, *words], **options)
 
     def send(self, vhost: str, *words: str, message: bytes | None = None) -> None:
         """Enqueues a message that must be accepted without a word, but for the warning that the vhost is over its limits."""
@@ -128,7 +130,7 @@ class Host:
         assert not self._processes, "the releaser is started already"
         with self._log.open("ab") as log:
             process = subprocess.Popen(
-                [RELEASER, "--config", self.config],
+                [*self.through, RELEASER, "--config", self.config],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

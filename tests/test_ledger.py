@@ -62,7 +62,7 @@ def test_ledger_of_version_1_is_taken_over(tmp_path: Path) -> None:
             ["r@x.example"],
             "over limit",
         )
-        assert ledger.usage("www.a.example", 0) == [(5.0, 3)]
+        assert ledger.usage("vhost", "www.a.example", 0) == [(5.0, 3, "www.a.example", "www.a.example")]
         assert ledger.incidents() == [] and ledger.stops() == [] and ledger.renames() == []
         ledger.close()
     with sqlite3.connect(tmp_path / "ledger.sqlite") as book:

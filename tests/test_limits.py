@@ -133,7 +133,7 @@ def test_rebuilt_account_is_the_same(texts: list[str], per_message: bool, steps:
     for step, recipients in steps:
         now += step
         if send(live, recipients, now):
-            entries.append((now, recipients))
+            entries.append((now, recipients, ""))
     rebuilt = Account(limits.parse(texts), per_message, entries)
     for later in (0, 1, 5, 10, 100, 10_000):
         assert rebuilt.used(now + later) == live.used(now + later)
@@ -330,3 +330,70 @@ def test_time_when_one_fits_again(texts: list[str], per_message: bool, sent: lis
         one.confirm("under way", now, under_way)
     assert one.exceeded(1, when - 0.01) is not None
     assert one.exceeded(1, when) is None
+
+
+VHOSTS = ("a", "b", "c", "made up", "made up too")
+
+
+def one_of_them(vhost: str) -> str:
+    """The share of a vhost: names that nobody knows are one."""
+    return "" if vhost.startswith("made up") else vhost
+
+
+@PROPERTY
+@given(
+    texts=TEXTS,
+    moves=st.lists(st.tuples(STEPS, st.integers(1, 4), st.sampled_from(VHOSTS), st.booleans()), max_size=60),
+)
+def test_shares_of_one_limit(texts: list[str], moves: list[tuple[float, int, str, bool]]) -> None:
+    """Refused is exactly who would exceed a window and, in it, the limit divided by those who have mail in it and himself;
+    and those of N shares never have more than 1 + 1/2 + ... + 1/N times the limit."""
+    parsed = limits.parse(texts)
+    real = Account(parsed, False, whose="uid 33", share=one_of_them)
+    sent: list[tuple[float, int, str]] = []
+    under_way: dict[str, tuple[int, str]] = {}
+    now = 0.0
+    for number, (step, recipients, vhost, ends) in enumerate(moves):
+        now += step
+        mine, over = one_of_them(vhost), []
+        for limit in parsed:
+            used = [(amount, share) for stamp, amount, share in sent if now - limit.seconds < stamp]
+            used += under_way.values()
+            fair = limit.count // len({mine, *(share for _, share in used)})
+            total, own = sum(amount for amount, _ in used), sum(amount for amount, share in used if share == mine)
+            if total + recipients > limit.count and own + recipients > fair:
+                over.append(limit)
+        excess = real.exceeded(recipients, now, vhost)
+        assert (excess.limit in over) if excess else not over
+        if excess:
+            assert "of uid 33" in excess.reason
+            continue
+        real.reserve(str(number), recipients, vhost)
+        under_way[str(number)] = recipients, mine
+        if ends:
+            for queue_id, (amount, share) in under_way.items():
+                real.confirm(queue_id, now, amount, share or "made up")
+                sent.append((now, amount, share))
+            under_way.clear()
+        for limit in parsed:
+            used = [(amount, share) for stamp, amount, share in sent if now - limit.seconds < stamp] + [*under_way.values()]
+            names = len({share for _, share in used})
+            assert sum(amount for amount, _ in used) <= limit.count * sum(1 / n for n in range(1, names + 1)) + 1e-9
+
+
+def test_one_that_sends_all_it_can_does_not_stop_the_others() -> None:
+    """It has used up the limit of all; each of the others still has its share, names that are made up one together."""
+    shared = Account(limits.parse(["12/1h"]), False, whose="uid 33", share=one_of_them)
+
+    def sends(vhost: str, messages: int) -> int:
+        out = 0
+        for number in range(messages):
+            if not shared.exceeded(1, 0.0, vhost):
+                shared.confirm(f"{vhost} {number}", 0.0, 1, vhost)
+                out += 1
+        return out
+
+    assert [sends("a", 100), sends("b", 4), sends("b", 100), sends("a", 1)] == [12, 4, 2, 0]
+    assert [sends(f"made up {number}", 1) for number in range(6)] == [1, 1, 1, 1, 0, 0]
+    excess = shared.exceeded(1, 0.0, "b")
+    assert excess and excess.reason == "over limit 12/1h (22 used, 1 asked) of uid 33, and above its share, 4"

@@ -174,12 +174,12 @@ def once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: int, whe
 
 def used(engine: release.Releaser, vhost: str = A) -> int:
     """Usage of the first limit, in memory."""
-    return engine._account(vhost).used(time.time())[0][1]
+    return engine._account(vhost).used(engine._ledger.clock.now())[0][1]
 
 
 def used_by_the_ledger(engine: release.Releaser, vhost: str = A) -> int:
     """The same, as a start would find it."""
-    return usage.account(engine._ledger, vhost, engine.config.vhost(vhost)).used(time.time())[0][1]
+    return usage.account(engine._ledger, vhost, engine.config.vhost(vhost)).used(engine._ledger.clock.now())[0][1]
 
 
 @pytest.fixture
@@ -497,7 +497,7 @@ def test_usage_is_as_of_the_final_reply(tmp_path: Path, server: Server) -> None:
         assert used(engine) == used_by_the_ledger(engine) == len(MANY)
         settle(engine)
         assert used(engine) == used_by_the_ledger(engine) == len(MANY)
-        stamps = [stamp for stamp, _ in engine._account(A).windows[0]._entries]
+        stamps = [stamp for stamp, *_ in engine._account(A).windows[0]._entries]
     (row,) = site.rows()
     assert row["counted_at"] >= replies[1] > replies[0] + 1
     assert stamps == [row["counted_at"]]

@@ -12,7 +12,9 @@ from releaser.cli import output
 from releaser.cli.context import Context, Failed, json_option, pass_context
 from releaser.cli.select import Filters, filters
 from releaser.cli.vhost import queued
+from releaser.config import uid_of
 from releaser.ledger import ACTIVE, CORRUPT, FAILED, HELD, utc
+from releaser.limits import Account
 
 SCHEMA = Path(__file__).resolve().parents[2] / "config/schema.sql"
 
@@ -42,7 +44,12 @@ def status(context: Context, as_json: bool) -> None:
             for vhost, sentence in policy.refusals(context.spool, name, time.time())
         ],
         "incidents": [
-            {"vhost": incident.vhost, "since": utc(incident.opened_at), "limit": incident.limit_text, "held": incident.held}
+            {
+                "vhost": incident.vhost,
+                "since": utc(context.ledger.clock.wall(incident.opened_at)),
+                "limit": incident.limit_text,
+                "held": incident.held,
+            }
             for incident in context.ledger.incidents()
             if incident.ended_at is None
         ],
@@ -86,14 +93,24 @@ def limits_() -> None:
 @json_option
 @pass_context
 def limits_show(context: Context, name: str, as_json: bool) -> None:
-    """Every window of VHOST, with what is used of it now."""
+    """Every window of VHOST, with what is used of it now.
+
+    With [limits] shared_uid also those of the users that it shares with other vhosts.
+    """
     name = context.known_vhost(name)
-    settings, found = context.settings(name), windows(context, name)
+    settings, found, shared = context.settings(name), windows(context, name), shared_windows(context, name)
     if as_json:
-        facts = {"vhost": name, "count": settings.count, "over_limit": settings.over_limit, "windows": found}
+        facts = {"vhost": name, "count": settings.count, "over_limit": settings.over_limit, "windows": found, "shared": shared}
         output.as_json(facts)
         return
     output.say(f"{name}: counts {settings.count}, over the limit: {settings.over_limit}")
+    _table(found)
+    for of in shared:
+        output.say(f"shared_uid: {of['user']}, a user of {of['vhosts']} vhosts; above it each has its share")
+        _table(of["windows"])
+
+
+def _table(found: list[dict[str, Any]]) -> None:
     output.table(["LIMIT", "USED", "LEFT"], ([w["text"], w["used"], max(w["limit"] - w["used"], 0)] for w in found), "unlimited")
 
 
@@ -176,6 +193,24 @@ def log_init(context: Context, only_print: bool, user: str | None, password_file
 
 def windows(context: Context, name: str) -> list[dict[str, Any]]:
     """The windows of vhost NAME as the releaser counts them: limit, seconds, used, and the configuration's text."""
-    account = usage.account(context.ledger, name, context.settings(name))
-    used = account.used(time.time())
+    return _windows(context, usage.account(context.ledger, name, context.settings(name)))
+
+
+def shared_windows(context: Context, name: str) -> list[dict[str, Any]]:
+    """Those of each user of vhost NAME whose limit it shares: user, uid, the number of its vhosts, and windows."""
+    config = context.config
+    return [
+        {
+            "user": user,
+            "uid": uid,
+            "vhosts": config.sharers(user),
+            "windows": _windows(context, usage.account_of_uid(context.ledger, uid, config)),
+        }
+        for user in context.settings(name).users or ()
+        if (uid := uid_of(user)) is not None and config.shares_uid(name, uid) and config.sharers(user) > 1
+    ]
+
+
+def _windows(context: Context, account: Account) -> list[dict[str, Any]]:
+    used = account.used(context.ledger.clock.now())
     return [{"limit": limit.count, "seconds": limit.seconds, "used": n, "text": limit.text} for limit, n in used]
