@@ -95,7 +95,8 @@ def initialise(server: Mysql, schema: str) -> None:
 def words(error: BaseException) -> str:
     """What MySQL, or the way to it, said."""
     if isinstance(error, pymysql.MySQLError) and len(error.args) == 2:
-        return f"{error.args[1]} ({error.args[0]})"
+        # Its own words have the system's in them as Python writes these.
+        return f"{re.sub(r'.Errno [0-9]+. ', '', str(error.args[1]))} ({error.args[0]})"
     return str(error) or type(error).__name__
 
 

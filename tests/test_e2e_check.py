@@ -12,7 +12,11 @@ from pathlib import Path
 
 import pytest
 from host import Host
+from mariadb import PASSWORD, MariaDB
 from system import DAEMON, SHARED, System
+from test_e2e_room import small
+
+from releaser.cli import filesystem
 
 pytestmark = pytest.mark.server
 
@@ -274,6 +278,51 @@ def test_spool_that_is_no_mount_is_said(system: System) -> None:
     with System(spool_is_there=False) as shared:
         shared.register(C1, "c1")
         assert any(each.startswith(f"{shared.spool}: {words}") for each in found(shared)["warnings"])
+
+
+def test_place_of_the_spool_is_judged(system: System, tmp_path: Path) -> None:
+    """That the disk of the system, and of MySQL's data, is shared is said, and that no customer has a quota there."""
+    at_first = "\n".join(found(system)["warnings"])
+    assert f"{system.spool}: on the file system of /" in at_first and f"{system.spool}: its file system has no quotas" in at_first
+    assert "mysql" not in at_first.lower()
+    password = tmp_path / "password"
+    password.write_text(PASSWORD)
+    password.chmod(0o600)
+    with MariaDB() as server, Host() as host:
+        section = f'[mysql]\nhost = "127.0.0.1"\nport = {server.port}\npassword_file = "{password}"\n'
+        host.configure(extra=section)
+        host.add(C1)
+        said = "\n".join(found(host)["warnings"])
+        assert f"{host.spool}: on the file system of MySQL's data, {server.data}" in said
+        # What one user owns alone is a trial: nobody else can fill it.
+        assert "file system of /" not in said and "quotas" not in said
+        shutil.rmtree(host.spool)
+        with small(host.spool):
+            host.add(C1)
+            assert "file system" not in "\n".join(found(host)["warnings"])
+        server.stop()
+        (said,) = [each for each in found(host)["warnings"] if "[mysql]" in each]
+        assert "the log waits in the ledger" in said
+
+
+MOUNTS = """\
+27 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
+30 27 8:1 / /srv rw,relatime - xfs /dev/sda1 rw,attr2,inode64,noquota
+31 27 8:2 / /srv/mail\\040spool rw - ext4 /dev/sda2 rw,quota,usrquota,data=ordered
+32 27 0:40 / /srv/pool rw - btrfs /dev/sdb rw,subvol=/
+33 31 8:2 /x /srv/mail\\040spool/x rw - tmpfs none rw,size=4m
+"""
+
+
+@pytest.mark.parametrize(("path", "point", "quota"), [
+    ("/var/spool", "/", False), ("/srv", "/srv", False), ("/srv/mail", "/srv", False),
+    ("/srv/mail spool", "/srv/mail spool", True), ("/srv/mail spool/y", "/srv/mail spool", True),
+    ("/srv/mail spool/x", "/srv/mail spool/x", False),
+])  # fmt: skip
+def test_mount_of_a_path(path: str, point: str, quota: bool) -> None:
+    """The one whose mount point is nearest above, and its options, as the kernel writes them."""
+    mount = filesystem._mount_of(path, MOUNTS)
+    assert (mount.point, bool(mount.options & filesystem.QUOTAS)) == (point, quota)
 
 
 def test_repair_rings(system: System) -> None:

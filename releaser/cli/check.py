@@ -3,7 +3,6 @@
 import logging
 import os
 import pwd
-import re
 import socket
 import sqlite3
 import stat
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 import click
 
 from releaser import config, daemon, door, errorlog, identity, layout, ledger, mailqueue, policy, provision, startup
-from releaser.cli import lockdown, output
+from releaser.cli import filesystem, lockdown, output
 from releaser.cli.context import Context, json_option, pass_context
 from releaser.cli.vhost import who_works
 from releaser.identity import Identity
@@ -470,11 +469,9 @@ class Inside:
             warnings.append("the releaser is not running: mail waits in the maildrops")
         if names == []:
             warnings.append("no vhosts; run: secure-sendmail vhost add VHOST")
-        if not self.who.private and not _is_mount(settings.spool):
-            warnings.append(
-                f"{settings.spool}: no mount of its own: whoever can move a file of another user into a maildrop has it sent as "
-                "that user's; bind it to itself, nosuid,nodev,noexec, as the installation's mount unit does"
-            )
+        if not self.who.private:
+            warnings += filesystem.warnings(settings.spool)
+        warnings += filesystem.of_mysql(settings)
         lack = door.lacking(settings.spool, settings.min_free)
         if lack:
             warnings.append(f"{settings.spool}: {lack}: all mail is refused until there is room again")
@@ -496,14 +493,6 @@ class Inside:
             problem = errorlog.problem(path, (settings.spool, settings.state))
             if problem is not None:
                 warnings.append(f"{problem}; warnings do not reach it")
-
-
-def _is_mount(path: str) -> bool:
-    """Whether PATH is a mount point, also one of a directory on itself, which os.path.ismount() does not see."""
-    # Its fifth word is the mount point, with white space in octal: proc(5).
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as stream:
-        points = {line.split(" ")[4] for line in stream}
-    return re.sub(r"[\s\\]", lambda match: f"\\{ord(match[0]):03o}", os.path.realpath(path)) in points
 
 
 def _names(directory: int) -> set[str]:
