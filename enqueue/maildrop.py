@@ -48,8 +48,8 @@ class Policy:
         return self._said(b"Refuse: ", vhost, now)
 
     def _said(self, of: bytes, vhost: str, now: float) -> bytes:
-        # What is said of the shared maildrop is said to everyone who uses it.
-        for name in (vhost, UNREGISTERED):
+        # What is said of the shared maildrop is said to everyone who uses it, or to all that this user sends through it.
+        for name in (vhost, f"uid:{os.geteuid()}", UNREGISTERED):
             key = of + name.encode() + b" "
             found = [line[len(key) :] for line in self._lines if line.startswith(key)]
             # The releaser never says so of more than an hour: the clock was put back.

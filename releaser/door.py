@@ -21,16 +21,15 @@ from releaser.maillog import LOG
 MIN_INODES = 1000
 # Bytes that a recipient counts for hold_max_bytes: its line in the envelope.
 RECIPIENT_SIZE = 100
-# All names of the shared maildrop together may have so many times what one may: each of them can be made up.
+# In the shared maildrop a uid may have so many times what a name may: each of its names can be made up.
 SHARED_TIMES = 10
 # Bytes of refusals in one policy; enqueue reads no more than 64 KiB, and warnings have 32 of them.
 REFUSALS_SIZE = 24 << 10
 # The most refusals that are believed at one scan, and the entries of tmp/ that are looked through for them.
 MAX_REFUSED, LOOKED_THROUGH = 1_000_000, 10_000
 
-# A maildrop, and the vhost that the mail in it is from.
+# A maildrop, and the vhost that the mail in it is from; or, in the shared one, whose it is.
 Key = tuple[str, str]
-WHOLE = (layout.UNREGISTERED, layout.UNREGISTERED)
 
 
 class Door:
@@ -59,25 +58,26 @@ class Door:
 
     def load(self) -> None:
         """Count from the ledger again, and compare with what the configuration allows."""
-        self._kept = {(maildrop, vhost): (count, size) for maildrop, vhost, count, size in self._ledger.kept(RECIPIENT_SIZE)}
-        shared = [kept for key, kept in self._kept.items() if key[0] == layout.UNREGISTERED]
-        self._kept[WHOLE] = sum(kept[0] for kept in shared), sum(kept[1] for kept in shared)
+        self._kept = {}
+        for maildrop, vhost, uid, count, size in self._ledger.kept(RECIPIENT_SIZE):
+            for key in _keys(maildrop, vhost, uid):
+                kept = self._kept.get(key, (0, 0))
+                self._kept[key] = kept[0] + count, kept[1] + size
         for key in {*self._kept, *self._full}:
             self._judge(key)
 
     def add(self, row: Row, times: int = 1) -> None:
         """A copy of ROW was made in our directories; with TIMES -1 it has gone."""
-        keys = [(row.maildrop, row.vhost), *([WHOLE] if row.maildrop == layout.UNREGISTERED else [])]
-        for key in keys:
+        for key in _keys(row.maildrop, row.vhost, row.uid):
             count, size = self._kept.get(key, (0, 0))
             self._kept[key] = count + times, size + times * (row.size + RECIPIENT_SIZE * row.recipients)
             self._judge(key)
 
     def _judge(self, key: Key) -> None:
         (count, size), settings = self._kept.get(key, (0, 0)), self.settings(key)
-        times = SHARED_TIMES if key == WHOLE else 1
+        times = SHARED_TIMES if layout.is_of_uid(key[1]) else 1
         most, most_bytes = times * settings.hold_max_messages, times * settings.hold_max_bytes
-        whose = "the mail of vhosts that were not added" if key == WHOLE else f"mail of {key[1]}"
+        whose = f"mail of {key[1].replace(':', ' ')}"
         until = "no more is accepted until some of it is released or deleted"
         sentence = ""
         if count >= most:
@@ -107,11 +107,12 @@ class Door:
         """The maildrops from which nothing is taken."""
         return frozenset(key[1] for key in self._full if key[0] == key[1])
 
-    def keeps_out(self, maildrop: str, vhost: str) -> bool:
-        """Whether nothing of VHOST is taken from MAILDROP."""
-        return (maildrop, vhost) in self._full
-
-    # What waits behind it.
+    def keeps_out(self, row: Row) -> bool:
+        """Whether a message as ROW is not taken from its maildrop; says so where it is the first."""
+        closed = [key for key in _keys(row.maildrop, row.vhost, row.uid) if key in self._full]
+        for key in closed:
+            self.waits(*key)
+        return bool(closed)
 
     def waits(self, maildrop: str, vhost: str) -> None:
         """Mail of VHOST waits in MAILDROP behind the closed door: say so once."""
@@ -229,6 +230,11 @@ class Door:
                 if number:
                     found[name] = number, uid
         return found
+
+
+def _keys(maildrop: str, vhost: str, uid: int) -> list[Key]:
+    """What a message counts for."""
+    return [(maildrop, vhost), *([(maildrop, layout.of_uid(uid))] if maildrop == layout.UNREGISTERED else [])]
 
 
 def lacking(spool: str, min_free: int) -> str:

@@ -86,6 +86,15 @@ def is_maildrop(text: str) -> bool:
     return text == UNREGISTERED or is_vhost(text)
 
 
+def of_uid(uid: int) -> str:
+    """How a policy names all that UID submits through the shared maildrop; no vhost can have such a name."""
+    return f"uid:{uid}"
+
+
+def is_of_uid(text: str) -> bool:
+    return text.startswith("uid:")
+
+
 def is_bell(text: str) -> bool:
     return bool(_BELL.match(text))
 

@@ -154,17 +154,16 @@ CREATE TABLE poison (
 # What counts for the caps of a vhost: copies that lie in active/, hold/ and failed/. Mail that only passes through is in
 # no index of its own.
 KEPT = "(state IN ('held', 'failed') OR state = 'active' AND (deferred_at IS NOT NULL OR decision IS NOT NULL))"
-SCHEMA_4 = f"CREATE INDEX message_kept ON message (maildrop, vhost, size, recipients) WHERE {KEPT};"
-
 # The windows of a uid see all its mail; the clock is not behind what was counted by the machine's.
-SCHEMA_5 = """
+SCHEMA_4 = f"""
+CREATE INDEX message_kept ON message (maildrop, vhost, uid, size, recipients) WHERE {KEPT};
 DROP INDEX message_usage_of_uid;
 CREATE INDEX message_usage_of_uid ON message (uid, counted_at) WHERE counted_at IS NOT NULL;
 INSERT INTO meta SELECT 'clock', '0.0 ' || max(counted_at) FROM message HAVING max(counted_at) IS NOT NULL;
 """
 
 # Each makes, of the version before it, the version that is its place here.
-SCHEMAS = (SCHEMA_1, SCHEMA_2, SCHEMA_3, SCHEMA_4, SCHEMA_5)
+SCHEMAS = (SCHEMA_1, SCHEMA_2, SCHEMA_3, SCHEMA_4)
 VERSION = len(SCHEMAS)
 
 # What the partial index on states says; a query repeats it, or the index is not used.
@@ -406,13 +405,13 @@ class Ledger:
         sql = f"SELECT queue_id FROM message WHERE state IN ({', '.join('?' * len(states))}) AND {UNFINISHED}"
         return [found[0] for found in self._db.execute(sql, states)]
 
-    def kept(self, recipient_size: int) -> list[tuple[str, str, int, int]]:
-        """(maildrop, vhost, messages, bytes) of what lies in active/, hold/ and failed/; a recipient counts RECIPIENT_SIZE."""
+    def kept(self, recipient_size: int) -> list[tuple[str, str, int, int, int]]:
+        """(maildrop, vhost, uid, messages, bytes) of what lies in our directories; a recipient counts RECIPIENT_SIZE."""
         sql = (
-            f"SELECT maildrop, vhost, count(*), sum(size + ? * recipients) FROM message INDEXED BY message_kept WHERE {KEPT} "
-            "GROUP BY maildrop, vhost"
+            "SELECT maildrop, vhost, uid, count(*), sum(size + ? * recipients) FROM message INDEXED BY message_kept "
+            f"WHERE {KEPT} GROUP BY maildrop, vhost, uid"
         )
-        return [(found[0], found[1], found[2], found[3]) for found in self._db.execute(sql, (recipient_size,))]
+        return [(found[0], found[1], found[2], found[3], found[4]) for found in self._db.execute(sql, (recipient_size,))]
 
     def decided(self, most: int) -> list[Row]:
         """MOST messages with a decision that is not carried out yet."""

@@ -388,8 +388,7 @@ class Releaser:
 
     def _let_in(self, row: Row) -> None:
         """Raise ShutOut where the door of ROW's vhost is closed."""
-        if self._door.keeps_out(row.maildrop, row.vhost):
-            self._door.waits(row.maildrop, row.vhost)
+        if self._door.keeps_out(row):
             raise ShutOut(row.vhost)
         self._moved.add((row.maildrop, row.vhost))
 

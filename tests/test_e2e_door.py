@@ -53,7 +53,7 @@ def refused(run: subprocess.CompletedProcess[bytes], words: str) -> bool:
     return True
 
 
-def slip_past(host: Host, maildrop: str, vhost: str = "", count: int = 1, size: int = 0) -> None:
+def slip_past(host: Host, maildrop: str, vhost: str = "", count: int = 1, size: int = 0, uid: int = -1) -> None:
     """Writes mail into new/ as whoever ignores the policy does."""
     vhost = vhost or maildrop
     head = f"Layout: 2\nVhost: {vhost}\nRecipient: one@x.example\n\nSubject: past the door\n\n".encode()
@@ -62,6 +62,7 @@ def slip_past(host: Host, maildrop: str, vhost: str = "", count: int = 1, size: 
         name = f"{int(time.time())}.000000.P1.{os.urandom(12).hex()},S={len(data)}"
         new = host.spool / "vhosts" / maildrop / "new"
         (new / f".{name}").write_bytes(data)
+        os.chown(new / f".{name}", uid, -1)
         (new / f".{name}").rename(new / name)
     if host.alive():
         scan(host)
@@ -342,14 +343,18 @@ def test_foreign_claim_closes_nobody_s_door(system: System) -> None:
     assert refusals(system) == [] and system.enqueue(VHOST, user="c1").returncode == 0
 
 
-def test_shared_maildrop_has_a_cap_of_its_own(system: System) -> None:
-    """Names can be made up: beyond ten times a vhost's cap the door is closed for all of them, and for no other vhost."""
+def test_uid_has_a_cap_in_the_shared_maildrop(system: System) -> None:
+    """Names can be made up: beyond ten times a vhost's cap the door is closed for who has, whatever he claims, and for nobody
+    else."""
     for number in range(25):
-        slip_past(system, SHARED, f"w{number}.example")
-    system.wait(lambda: any(line.startswith(f"{SHARED} ") for line in refusals(system, SHARED)), "it is closed for all")
-    assert refused(system.enqueue("w99.example", user="c2"), "not added")
+        slip_past(system, SHARED, f"w{number}.example", uid=system.uids["c2"])
+    whose = f"uid:{system.uids['c2']}"
+    system.wait(lambda: any(line.startswith(f"{whose} ") for line in refusals(system, SHARED)), "it is closed for him")
+    assert refused(system.enqueue("w99.example", user="c2"), f"uid {system.uids['c2']}")
     assert count_of(system, "hold/") == 20 and count_of(system, f"vhosts/{SHARED}/new") == 5
-    assert system.enqueue(VHOST, user="c1").returncode == 0
+    assert system.enqueue(VHOST, user="c1").returncode == system.enqueue("w99.example", user="c1").returncode == 0
+    system.wait(lambda: count_of(system, "hold/") == 22, "theirs is held as ever")
+    assert any(f"mail of {whose}" in line for line in system.cli("status").stdout.splitlines())
     system.cli("hold", "delete", "--vhost", "w0.example", *WORDS["delete"])
     system.wait(lambda: count_of(system, f"vhosts/{SHARED}/new") == 4, "one more is taken")
 
