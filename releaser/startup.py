@@ -9,6 +9,7 @@ from functools import partial
 
 from releaser import envelope, layout, maillog, mailqueue, message, pickup
 from releaser.batch import Batch
+from releaser.incidents import NOTICE
 from releaser.ledger import ACTIVE, CORRUPT, DONE, FAILED, HELD, TRASHED, UNKNOWN, Ledger, Row, utc
 from releaser.maillog import LOG
 
@@ -103,8 +104,9 @@ def _adopt_one(spool: str, book: Ledger, name: str, queue_id: str) -> None:
     original = bool(found.source) and any(os.path.lexists(f"{drop}/new/{found.source}") for drop in drops)
     recorded = book.row(queue_id)
     ended = recorded is not None and recorded.state in (DONE, FAILED)
-    if ended or (original and recorded is None):
-        # The message has ended, or its original is still in new/: the copy is a leftover.
+    again = original or (found.reason == NOTICE and any(incident.notified_at is None for incident in book.incidents()))
+    if ended or (again and recorded is None):
+        # The message has ended, or its original is still in new/, or it is a notice that is still due: a leftover.
         mailqueue.remove(spool, name, queue_id)
         return
     if name == "active":
