@@ -17,6 +17,11 @@ class Batch:
         self._writes: list[Callable[[], None]] = []
         self._after: list[Callable[[], None]] = []
 
+    def add(self, other: "Batch") -> None:
+        """Do what OTHER was to do, behind what is there."""
+        self._writes += other._writes
+        self._after += other._after
+
     def put(self, row: Row) -> None:
         """Write ROW as it is when the batch is committed."""
         self._writes.append(partial(self._ledger.put, row))
@@ -47,16 +52,18 @@ class Batch:
         self._after.append(action)
 
     def commit(self) -> None:
-        """Write, then act. Raises sqlite3.Error with nothing written, and may then be called again."""
+        """Write, then act. Raises sqlite3.Error or MemoryError with nothing written, and may then be called again."""
         if self._writes:
             with self._ledger.transaction():
                 for write in self._writes:
                     write()
             self._writes = []
         while self._after:
-            action = self._after.pop(0)
             try:
-                action()
-            except OSError as error:
+                self._after[0]()
+            except MemoryError:
+                raise
+            except Exception as error:
                 # What is durable holds; the next start brings the file to where it belongs.
-                LOG.error(maillog.left_for_start(error))
+                LOG.error(maillog.left_for_start(error), exc_info=not isinstance(error, OSError))
+            self._after.pop(0)

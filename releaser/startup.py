@@ -2,6 +2,7 @@
 
 import io
 import os
+import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -85,9 +86,12 @@ def _adopt(spool: str, book: Ledger, alive: Callable[[], None]) -> None:
             if queue_id not in known and (name in ("hold", "active") or book.row(queue_id) is None):
                 try:
                     _adopt_one(spool, book, name, queue_id)
-                except UNREADABLE as error:
-                    unreadable = f"{name}/{queue_id} has no record and cannot be read: {error}"
-                    LOG.error(maillog.unknown(queue_id, "", unreadable))
+                except sqlite3.Error:
+                    raise
+                except Exception as error:
+                    # One file cannot stop the start; it stays where it is.
+                    unreadable = f"{name}/{queue_id} has no record and cannot be read: {error!r}"
+                    LOG.error(maillog.unknown(queue_id, "", unreadable), exc_info=not isinstance(error, UNREADABLE))
 
 
 def _adopt_one(spool: str, book: Ledger, name: str, queue_id: str) -> None:
