@@ -10,6 +10,7 @@ import pwd
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 from releaser import (
@@ -97,6 +98,10 @@ class Releaser:
     def scan(self) -> None:
         """Look at everything, whether or not a bell was heard."""
         self._next_scan = time.time() + layout.SCAN_INTERVAL
+        with self._as_far_as_there_is_room():
+            self._scan()
+
+    def _scan(self) -> None:
         self._door.look_at_room()
         self._door.load()
         self.look()
@@ -158,6 +163,30 @@ class Releaser:
             return PAUSE
         self._door.look_at_room()
         batch = Batch(self._ledger)
+        with self._as_far_as_there_is_room():
+            self._work(batch)
+        self._commit(batch)
+        with self._as_far_as_there_is_room():
+            self._see_to_door()
+            if self._handover.senders.max_size != self._announced_size:
+                self._announced_size = self._handover.senders.max_size
+                self._drops.write_policies()
+            if time.time() >= self._next_scan:
+                self.scan()
+            elif self._drops.frozen:
+                self._carry_over()
+        return self._pause()
+
+    @contextmanager
+    def _as_far_as_there_is_room(self) -> Iterator[None]:
+        """What is done until room is lacking stays done; the rest is, with the next round or scan, when there is some."""
+        try:
+            yield
+        except (OSError, sqlite3.OperationalError, MemoryError) as error:
+            if not self._room.lacks(error):
+                raise
+
+    def _work(self, batch: Batch) -> None:
         self._handover.take_results(batch)
         self._carry_out_decisions(batch)
         ended, notices = self._incidents.step(batch)
@@ -172,16 +201,6 @@ class Releaser:
                 first, second = second, first
             first(batch)
             second(batch)
-        self._commit(batch)
-        self._see_to_door()
-        if self._handover.senders.max_size != self._announced_size:
-            self._announced_size = self._handover.senders.max_size
-            self._drops.write_policies()
-        if time.time() >= self._next_scan:
-            self.scan()
-        elif self._drops.frozen:
-            self._carry_over()
-        return self._pause()
 
     @property
     def vhosts(self) -> int:

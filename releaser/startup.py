@@ -48,9 +48,11 @@ def place(spool: str, row: Row) -> None:
         source = other
     try:
         mailqueue.move(spool, row.queue_id, source, target)
-    except OSError as error:
+    except FileNotFoundError as error:
         missing = f"its file is missing: {error.strerror}; run: secure-sendmail check"
         LOG.error(maillog.unknown(row.queue_id, row.vhost, missing))
+    except OSError as error:
+        LOG.error(maillog.left_for_start(error))
 
 
 def close_missing(spool: str, book: Ledger) -> list[str]:
