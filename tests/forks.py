@@ -149,7 +149,9 @@ class _Counted:
 
         for name in CHANGES:
             setattr(os, name, self._watched(name, getattr(os, name), lambda *_, **__: True))
-        os.open = self._watched("open", os.open, lambda _path, flags, *_, **__: flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        # enqueue's few opens all count: whichever fails, its caller is to be told.
+        writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+        os.open = self._watched("open", os.open, lambda _path, flags, *_, **__: self._who == "enqueue" or flags & writes)
         builtins.open = self._watched("open", open, lambda _path, mode="r", *_, **__: mode[0] in "wxa")
         # What the MTA is given, and what it has said.
         for owner, name in ((Senders, "send"), (HandOver, "_outcome"), (HandOver, "_unreachable")):
