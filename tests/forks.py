@@ -7,6 +7,7 @@ runs this file; the tests use Forks.
 from __future__ import annotations
 
 import builtins
+import errno
 import functools
 import json
 import os
@@ -137,7 +138,8 @@ class _Counted:
     def __init__(self, request: dict[str, Any]) -> None:
         self._at, self._how = request["at"], request["how"]
         self._spool = request["spool"]
-        self._who = "enqueue" if request["program"] == "enqueue" else "releaser"
+        self._program = request["program"]
+        self._who = "enqueue" if self._program == "enqueue" else "releaser"
         self._notes = f"{request['notes']}.calls"
         self._open, self._write, self._close, self._listdir = os.open, os.write, os.close, os.listdir
         self._number = 0
@@ -170,6 +172,8 @@ class _Counted:
             os._exit(ENDED[0])
         if self._how == KILL:
             os.kill(os.getpid(), signal.SIGKILL)
+        if name == "transaction" and self._how == errno.ENOMEM and self._program == "releaser":
+            raise MemoryError
         if name == "transaction":
             raise sqlite3.OperationalError("database or disk is full")
         raise OSError(self._how, os.strerror(self._how))

@@ -13,8 +13,8 @@ from test_contract_crash import LARGE, OTHER, VHOST, Run, Scenario, Site, outcom
 
 pytestmark = pytest.mark.server
 
-# In turn. The first is also what an exhausted file system of inodes says, and what SQLite makes of both.
-ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE)
+# In turn. The first is also what a file system without inodes says; what SQLite makes of the last is a MemoryError.
+ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENOMEM)
 # It does not wait long for room. And a rename that comes when it has started, and is seen at its next scan.
 SOON = "from releaser import release, room; room.PAUSE = release.PAUSE = 0.01\n"
 RENAMED = """
@@ -122,7 +122,7 @@ def vhosts(site: Site) -> Scenario:
     "scenario", [sent_and_held, deferred_and_refused, decided, renamed, vhosts], ids=lambda each: each.__name__
 )
 def test_each_call_fails_once(scenario: Callable[[Site], Scenario], tmp_path: Path) -> None:
-    """No space, no quota, a broken disk, too many open files: whichever call meets it."""
+    """No space, no quota, a broken disk, too many open files, no memory: whichever call meets it."""
     with Forks(tmp_path) as forks, Site(tmp_path, forks) as site:
         assert sum([failing_everywhere(site, what) for what in scenario(site)]) > 5
 
