@@ -145,6 +145,8 @@ class _Counted:
         self._number = 0
 
     def patch(self) -> None:
+        from pymysql.connections import Connection
+
         from releaser.handover import HandOver
         from releaser.ledger import Ledger
         from releaser.mta import Senders
@@ -159,6 +161,8 @@ class _Counted:
         for owner, name in ((Senders, "send"), (HandOver, "_outcome"), (HandOver, "_unreachable")):
             setattr(owner, name, self._watched(name, getattr(owner, name), lambda *_, **__: isinstance(self._how, str)))
         if isinstance(self._how, str):
+            # What MySQL is asked.
+            Connection.query = self._watched("query", Connection.query, lambda *_, **__: True)  # type: ignore[method-assign]
             sqlite3.connect = self._traced(sqlite3.connect)
         else:
             Ledger.transaction = self._watched("transaction", Ledger.transaction, lambda *_: True)  # type: ignore[method-assign]
