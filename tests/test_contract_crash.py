@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import page
 import pytest
 from forks import ENDED, EXIT, KILL, Ended, Forks
 from host import text
-from servers import YES, Scripted, free_port
+from servers import YES, Answer, Scripted, free_port, wait_until
 
 from releaser import pickup
 from releaser.cli.main import run
@@ -203,6 +204,20 @@ class Reckoning:
     others: str
 
 
+class Server(Scripted):
+    """One that can be waited for: what a client that was ended has sent may still be read."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.ended: list[socket.socket] = []
+        super().__init__(answer)
+
+    def _serve(self, connection: socket.socket) -> None:
+        try:
+            super()._serve(connection)
+        finally:
+            self.ended.append(connection)
+
+
 class Site:
     """An installation that can be put back to what it was, in front of a mail server that answers as the scenario says."""
 
@@ -214,7 +229,7 @@ class Site:
         self._saved = 0
         # What the server says to recipients of that name.
         self.replies: dict[bytes, bytes] = {}
-        self.server = Scripted(self._answer)
+        self.server = Server(self._answer)
         self.file.parent.mkdir(mode=0o700, parents=True)
         self.configure()
         assert run(["--config", str(self.file), "vhost", "add", VHOST]) == 0
@@ -249,8 +264,10 @@ class Site:
         """A mail that is accepted."""
         assert self.run(self.enqueue(*to, size=size, subject=subject)).status == 0
 
-    def run(self, what: Run, at: int = 0, how: str = EXIT) -> Ended:
-        return self._forks.run(what.program, *what.words, spool=self.spool, stdin=what.stdin, at=at, how=how, code=what.code)
+    def run(self, what: Run, at: int = 0, how: str | int = EXIT) -> Ended:
+        ended = self._forks.run(what.program, *what.words, spool=self.spool, stdin=what.stdin, at=at, how=how, code=what.code)
+        wait_until(lambda: len(self.server.ended) == self.server.connections, 30, "the server has seen the end")
+        return ended
 
     def sql(self, statement: str) -> list[tuple[object, ...]]:
         if not (self.state / "ledger.sqlite").exists():
