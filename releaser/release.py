@@ -163,6 +163,8 @@ class Releaser:
             return PAUSE
         self._door.look_at_room()
         batch = Batch(self._ledger)
+        # Whatever fails here ends the daemon: what has been taken and not written down, nobody would wait for any more.
+        self._handover.take_results(batch)
         with self._as_far_as_there_is_room():
             self._work(batch)
         self._commit(batch)
@@ -187,7 +189,6 @@ class Releaser:
                 raise
 
     def _work(self, batch: Batch) -> None:
-        self._handover.take_results(batch)
         self._carry_out_decisions(batch)
         ended, notices = self._incidents.step(batch)
         for vhost in ended:
