@@ -72,6 +72,8 @@ class Maildrop:
         except OSError as error:
             if error.errno == errno.EACCES:
                 raise self._closed() from None
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise Failure(IOERR, f"cannot open the maildrop of {vhost} under {spool}: {error.strerror}") from None
             raise Failure(
                 CONFIG,
                 f"no maildrop for {vhost} under {spool}: {error.strerror}; "

@@ -21,6 +21,11 @@ class Batch:
         """The time by the clock of the ledger."""
         return self._ledger.clock.now()
 
+    def add(self, other: "Batch") -> None:
+        """Do what OTHER was to do, behind what is there."""
+        self._writes += other._writes
+        self._after += other._after
+
     def put(self, row: Row) -> None:
         """Write ROW as it is when the batch is committed."""
         self._writes.append(partial(self._ledger.put, row))
@@ -51,7 +56,7 @@ class Batch:
         self._after.append(action)
 
     def commit(self) -> None:
-        """Write, then act. Raises sqlite3.Error with nothing written, and may then be called again."""
+        """Write, then act. Raises sqlite3.Error or MemoryError with nothing written, and may then be called again."""
         if self._writes:
             with self._ledger.transaction():
                 self._ledger.keep_time()
@@ -59,9 +64,11 @@ class Batch:
                     write()
             self._writes = []
         while self._after:
-            action = self._after.pop(0)
             try:
-                action()
-            except OSError as error:
+                self._after[0]()
+            except MemoryError:
+                raise
+            except Exception as error:
                 # What is durable holds; the next start brings the file to where it belongs.
-                LOG.error(maillog.left_for_start(error))
+                LOG.error(maillog.left_for_start(error), exc_info=not isinstance(error, OSError))
+            self._after.pop(0)

@@ -45,12 +45,15 @@ def append(path: str, line: str, not_inside: tuple[str, ...]) -> None:
         fd = _open(path, not_inside, create=True)
     except OSError as error:
         raise NotWritten(f"{path}: {error.strerror or error}") from None
+    data = line.encode() + b"\n"
     try:
-        os.write(fd, line.encode() + b"\n")
+        written = os.write(fd, data)
     except OSError as error:
         raise NotWritten(f"{path}: {error.strerror or error}") from None
     finally:
         os.close(fd)
+    if written < len(data):
+        raise NotWritten(f"{path}: there was room for a part of the line only")
 
 
 def problem(path: str, not_inside: tuple[str, ...]) -> str | None:

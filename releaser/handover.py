@@ -9,11 +9,11 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import BinaryIO
 
-from releaser import envelope, layout, maillog, mailqueue, mta, pickup, startup
+from releaser import envelope, layout, maillog, mailqueue, mta, pickup, poison, startup
 from releaser.batch import Batch
 from releaser.door import Door
 from releaser.ledger import ACTIVE, DONE, FAILED, HELD, Ledger, Row, utc
@@ -48,6 +48,12 @@ class Flight:
     # Whether the MTA has answered in this attempt.
     answered: bool = False
 
+    @property
+    def key(self) -> tuple[str, bytes]:
+        """What its failures are counted by: its maildrop, and its name in new/, or its queue id where it lies in active/."""
+        name = self.row.source if self.original is not None and self.row.source else self.row.queue_id
+        return self.row.maildrop, name.encode()
+
 
 class HandOver:
     """What is with the MTA, and what waits for it."""
@@ -60,6 +66,7 @@ class HandOver:
         accounts: Callable[[Row], list[Account]],
         room: Room,
         door: Door,
+        in_hand: poison.InHand,
         wake: Callable[[], None],
         mta_url: str,
         give_up: int,
@@ -78,6 +85,7 @@ class HandOver:
         self._accounts = accounts
         self._room = room
         self._door = door
+        self._in_hand = in_hand
         # Whose outcome is in the ledger, and for whose copy there was no room: the message lies where it lay.
         self._unsettled: list[Flight] = []
         self._flights: dict[str, Flight] = {}
@@ -162,10 +170,38 @@ class HandOver:
                 return
             if name not in self.busy:
                 waiting = self._due.pop(name)
-                self._retry_one(batch, waiting.popleft())
+                self._retry_guarded(batch, name, waiting.popleft())
                 if waiting:
                     # Behind the others.
                     self._due[name] = waiting
+
+    def _retry_guarded(self, batch: Batch, maildrop: str, queue_id: str) -> None:
+        """_retry_one(), which cannot stop the mail of all others, and what it fails at is tried again."""
+        part, key = Batch(self._ledger), (maildrop, queue_id.encode())
+        try:
+            self._in_hand.begin(*key)
+            if self._in_hand.may(*key):
+                self._retry_one(part, queue_id)
+            else:
+                self._set_aside(part, maildrop, queue_id)
+        except Exception as error:
+            self.later(self._now() + MESSAGE_BACKOFF[0], queue_id)
+            if not isinstance(error, MemoryError) and self._room.lacks(error):
+                return
+            LOG.error(maillog.internal(queue_id, maildrop, error), exc_info=True)
+            batch.put_poison(*key, self._in_hand.failed(*key))
+        else:
+            batch.add(part)
+        finally:
+            self._in_hand.done()
+
+    def _set_aside(self, batch: Batch, maildrop: str, queue_id: str) -> None:
+        row = self._ledger.row(queue_id)
+        if row is not None and row.state == ACTIVE:
+            mailqueue.remove(self._spool, "failed", queue_id)
+            self._hold(batch, row, poison.WHY)
+        self._in_hand.forget(maildrop, queue_id.encode())
+        batch.put_poison(maildrop, queue_id.encode(), 0)
 
     def _retry_one(self, batch: Batch, queue_id: str) -> None:
         row = self._ledger.row(queue_id)
@@ -203,7 +239,7 @@ class HandOver:
         return found or (self._ledger.stopped(row.maildrop) if row.maildrop != row.vhost else None)
 
     def _hold(self, batch: Batch, row: Row, reason: str) -> None:
-        """S5 -> S7: its vhost was stopped while it waited for the MTA."""
+        """S5 -> S7: its vhost was stopped while it waited for the MTA, or our own code fails at it."""
         row.state, row.reason, row.held_at, row.next_try = HELD, reason, utc(time.time()), None
         # Once released, it has all its time again.
         row.deferred_at = None
@@ -221,7 +257,7 @@ class HandOver:
         if self._unsettled and self._room.there:
             unsettled, self._unsettled = self._unsettled, []
             for flight in unsettled:
-                self._settle(batch, flight)
+                self._guarded(batch, flight, self._settle, [])
         while not self._results.empty():
             job, result = self._results.get()
             flight = self._flights.pop(job.queue_id)
@@ -232,7 +268,56 @@ class HandOver:
             if self._backoff:
                 self._backoff = 0
                 LOG.warning(maillog.mta_up())
-            self._outcome(batch, flight, result)
+            self._guarded(batch, flight, partial(self._outcome, outcomes=result), result)
+
+    def _guarded(self, batch: Batch, flight: Flight, work: Callable[[Batch, Flight], None], outcomes: list[Outcome]) -> None:
+        """WORK on what the MTA has said, which is written down also where our own code fails at it.
+
+        Were it not, the message would be sent again, by the next daemon too, and again. Should writing it down fail, too,
+        that ends the daemon with the message in hand: so it is counted, and set aside after three of these.
+        """
+        before = replace(
+            flight,
+            row=replace(flight.row, remaining=[*flight.row.remaining], refused=[*flight.row.refused]),
+            untried=[*flight.untried],
+            deferred=[*flight.deferred],
+        )
+        part = Batch(self._ledger)
+        try:
+            self._in_hand.begin(*flight.key)
+        except OSError:
+            # Only the end of the whole daemon would not be counted.
+            pass
+        try:
+            work(part, flight)
+        except Exception as error:
+            LOG.error(maillog.internal(flight.row.queue_id, flight.row.vhost, error), exc_info=True)
+            # What is counted in memory is counted.
+            before.row.counted_at = flight.row.counted_at
+            part = Batch(self._ledger)
+            self._put_down(part, before, [replace(each, words=ascii(each.words)[1:-1], mta_queue_id="") for each in outcomes])
+            self._leave(part, before)
+        self._in_hand.done()
+        batch.add(part)
+
+    def _leave(self, batch: Batch, flight: Flight) -> None:
+        """Where our own code has failed at what is left to do: nothing where all have the message, else that again, later."""
+        row, key = flight.row, flight.key
+        self._flights.pop(row.queue_id, None)
+        self.busy.discard(row.maildrop)
+        row.attempt_open = int(any(outcome.kind is Kind.UNKNOWN for outcome in flight.deferred))
+        if not row.remaining and not row.refused:
+            self._ended(batch, flight)
+            return
+        batch.put_poison(*key, self._in_hand.failed(*key))
+        if flight.original is None:
+            row.next_try = self._now() + MESSAGE_BACKOFF[0]
+            batch.then(partial(self.later, row.next_try, row.queue_id))
+        else:
+            flight.original.close()
+            self._drops.known[row.maildrop, row.source or ""] = row
+            self._drops.leave(row.maildrop, key[1], "an internal error behind the MTA's reply")
+        batch.put(row)
 
     def _dispatch(self, flight: Flight) -> None:
         row = flight.row
@@ -274,9 +359,18 @@ class HandOver:
         self._drops.give_back(row.maildrop, (row.source or "").encode())
 
     def _outcome(self, batch: Batch, flight: Flight, outcomes: list[Outcome]) -> None:
+        self._put_down(batch, flight, outcomes)
+        if flight.untried:
+            # A server takes so many recipients at a time; the rest of this message follows at once.
+            self.begin(batch, flight)
+            return
+        self._settle(batch, flight)
+
+    def _put_down(self, batch: Batch, flight: Flight, outcomes: list[Outcome]) -> None:
+        """What the MTA has said, in the row and in the log."""
         row, now = flight.row, self._now()
         flight.answered = True
-        if flight.again:
+        if flight.again and outcomes:
             flight.again = False
             batch.log_all("retried", row, f"attempt {row.attempts}: the outcome of the last is not known")
             LOG.warning(maillog.again(row.queue_id, row.vhost, row.attempts))
@@ -300,8 +394,6 @@ class HandOver:
             batch.log("failed", row, [(o.recipient, o.words, "") for o in failed])
             LOG.warning(maillog.failed(row.queue_id, row.vhost, len(failed), failed[0].words))
         if flight.untried:
-            # A server takes so many recipients at a time; the rest of this message follows at once.
-            self.begin(batch, flight)
             return
         if row.limited and row.counted_at is None:
             row.counted_at = now
@@ -309,7 +401,6 @@ class HandOver:
                 account.confirm(row.queue_id, now, row.recipients, row.vhost)
         # Without a reply to the final dot the next attempt may make a duplicate, and says so.
         row.attempt_open = int(any(outcome.kind is Kind.UNKNOWN for outcome in flight.deferred))
-        self._settle(batch, flight)
 
     def _settle(self, batch: Batch, flight: Flight) -> None:
         """Bring the message to where its outcome says, or leave it where it is until there is room for that."""
@@ -356,6 +447,10 @@ class HandOver:
         if bool(row.refused) != (flight.original is None):
             # One more of our copies, or, of those that were in active/, one less.
             self._door.add(row, 1 if row.refused else -1)
+        self._ended(batch, flight)
+
+    def _ended(self, batch: Batch, flight: Flight) -> None:
+        row = flight.row
         row.next_try = None
         row.state = FAILED if row.refused else DONE
         batch.put(row)

@@ -21,6 +21,8 @@ NOTICES, NOTICES_SECONDS, SUMMARY_DELAY = 20, 3600, 30
 DESCRIBED, NAMED = 20, 200
 # Bytes of warnings in one policy, the latest; the shared maildrop can have many, and enqueue reads no more than 64 KiB.
 WARNINGS_SIZE = 32 << 10
+# The reason of a notice's own message.
+NOTICE = "notice of an incident"
 # What becomes of mail over a limit; its place here is an incident's `observed`.
 OVER_LIMIT = ("hold", "observe", "reject")
 
@@ -173,7 +175,7 @@ class Incidents:
         row = Row(
             queue_id=queue_id, vhost=vhost, state=ACTIVE, source=None, digest="", recipients=1, remaining=[notify], sender="",
             size=0, arrived_at=utc(arrived), picked_up_at=utc(arrived), uid=os.geteuid(), verified=1, message_id=message_id,
-            subject=subject, script="", cwd="", reason="notice of an incident", refused=[], limited=0, next_try=now,
+            subject=subject, script="", cwd="", reason=NOTICE, refused=[], limited=0, next_try=now,
         )  # fmt: skip
         head = Envelope(vhost=vhost, recipients=(notify,), sender="", arrived=row.arrived_at, message_id=message_id,
                         queue_id=queue_id, owner=str(row.uid), picked_up=row.picked_up_at, reason=row.reason)  # fmt: skip

@@ -90,6 +90,14 @@ def taken_over(old: str, new: str) -> str:
     return f"renamed vhost={new} was={old}"
 
 
+def internal(queue_id: str, vhost: str, error: Exception) -> str:
+    return f"{queue_id}: internal error, what the MTA has said is written down all the same vhost={vhost} error={error!r}"
+
+
+def undecided(queue_id: str, vhost: str, error: Exception) -> str:
+    return f"{queue_id}: internal error, the decision waits vhost={vhost} error={error!r}"
+
+
 def left_for_start(error: Exception) -> str:
     return f"a file could not be moved or removed, the next start sees to it: {error}"
 

@@ -10,6 +10,7 @@ import pwd
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 from releaser import (
@@ -69,13 +70,14 @@ class Releaser:
         # Whose mail was counted or held since their limits were looked at for the door.
         self._moved: set[Key] = set()
         self._drops = Maildrops(config.spool, self._policy)
+        self._in_hand = poison.InHand(config.state, book)
         self._handover = HandOver(
-            config.spool, book, self._drops, self._accounts_of, self._room, self._door, wake, config.mta_url, config.give_up
-        )
+            config.spool, book, self._drops, self._accounts_of, self._room, self._door, self._in_hand, wake, config.mta_url,
+            config.give_up,
+        )  # fmt: skip
         self._announced_size = 0
         # What the ledger has had no room for, in order: nothing else happens before.
         self._unwritten: list[Batch] = []
-        self._in_hand = poison.InHand(config.state, book)
         self._decisions_wait = True
         self._next_scan = 0.0
 
@@ -97,6 +99,10 @@ class Releaser:
     def scan(self) -> None:
         """Look at everything, whether or not a bell was heard."""
         self._next_scan = self._now() + layout.SCAN_INTERVAL
+        with self._as_far_as_there_is_room():
+            self._scan()
+
+    def _scan(self) -> None:
         self._door.look_at_room()
         self._door.load()
         self.look()
@@ -158,7 +164,32 @@ class Releaser:
             return PAUSE
         self._door.look_at_room()
         batch = Batch(self._ledger)
+        # Whatever fails here ends the daemon: what has been taken and not written down, nobody would wait for any more.
         self._handover.take_results(batch)
+        with self._as_far_as_there_is_room():
+            self._work(batch)
+        self._commit(batch)
+        with self._as_far_as_there_is_room():
+            self._see_to_door()
+            if self._handover.senders.max_size != self._announced_size:
+                self._announced_size = self._handover.senders.max_size
+                self._drops.write_policies()
+            if self._now() >= self._next_scan:
+                self.scan()
+            elif self._drops.frozen:
+                self._carry_over()
+        return self._pause()
+
+    @contextmanager
+    def _as_far_as_there_is_room(self) -> Iterator[None]:
+        """What is done until room is lacking stays done; the rest is, with the next round or scan, when there is some."""
+        try:
+            yield
+        except (OSError, sqlite3.OperationalError, MemoryError) as error:
+            if not self._room.lacks(error):
+                raise
+
+    def _work(self, batch: Batch) -> None:
         self._carry_out_decisions(batch)
         ended, notices = self._incidents.step(batch)
         for vhost in ended:
@@ -172,16 +203,6 @@ class Releaser:
                 first, second = second, first
             first(batch)
             second(batch)
-        self._commit(batch)
-        self._see_to_door()
-        if self._handover.senders.max_size != self._announced_size:
-            self._announced_size = self._handover.senders.max_size
-            self._drops.write_policies()
-        if self._now() >= self._next_scan:
-            self.scan()
-        elif self._drops.frozen:
-            self._carry_over()
-        return self._pause()
 
     @property
     def vhosts(self) -> int:
@@ -245,7 +266,7 @@ class Releaser:
         while self._unwritten:
             try:
                 self._unwritten[0].commit()
-            except sqlite3.OperationalError as error:
+            except (sqlite3.OperationalError, MemoryError) as error:
                 self._room.lacks(error)
                 return False
             self._unwritten.pop(0)
@@ -299,11 +320,10 @@ class Releaser:
                 return
             vhost, name = found
             if not self._in_hand.may(vhost, name):
-                self._corrupt(batch, vhost, name, f"our own code has failed at it {poison.ATTEMPTS} times, see the daemon's log")
-                self._in_hand.forget(vhost, name)
-                batch.put_poison(vhost, name, 0)
+                self._set_aside(batch, vhost, name)
                 continue
             try:
+                self._in_hand.begin(vhost, name)
                 self._take(batch, vhost, name)
             except ShutOut:
                 self._drops.shut_out(vhost, name)
@@ -324,6 +344,19 @@ class Releaser:
                 batch.put_poison(vhost, name, self._in_hand.failed(vhost, name))
             finally:
                 self._in_hand.done()
+
+    def _set_aside(self, batch: Batch, vhost: str, name: bytes) -> None:
+        """S3 -> S12: our own code fails at it. Those whom it is still to be sent to are in the log."""
+        known = self._drops.known.get((vhost, os.fsdecode(name)))
+        if known is not None:
+            # S4 -> S3, S8 -> S3: copies that were made before it failed.
+            mailqueue.remove(self._spool, "active", known.queue_id)
+            mailqueue.remove(self._spool, "failed", known.queue_id)
+        if self._corrupt(batch, vhost, name, poison.WHY):
+            self._in_hand.forget(vhost, name)
+            batch.put_poison(vhost, name, 0)
+            if known is not None:
+                self._replaced(batch, known, poison.WHY)
 
     def _take(self, batch: Batch, vhost: str, name: bytes) -> None:
         settings = self._settings(vhost)
@@ -474,11 +507,11 @@ class Releaser:
             refused=[],
         )
 
-    def _replaced(self, batch: Batch, known: Row) -> None:
-        """Another message has the name of one that the ledger knows: that one has gone."""
+    def _replaced(self, batch: Batch, known: Row, why: str = "another message has its name") -> None:
+        """A message that the ledger knows has gone from new/, and WHY."""
         self._drops.known.pop((known.maildrop, known.source or ""))
         if known.state == ACTIVE and known.deferred_at is None and known.decision is None:
-            self._close(batch, known, "another message has its name")
+            self._close(batch, known, why)
         else:
             self._drops.removed.append(known.queue_id)
 
@@ -541,8 +574,8 @@ class Releaser:
     def _chunks(self, submitted: pickup.Submitted, row: Row) -> Iterator[bytes]:
         return submitted.chunks(self.config.tag(row.vhost), row.message_id)
 
-    def _corrupt(self, batch: Batch, vhost: str, name: bytes, reason: str) -> None:
-        """S3 -> S12: moved by rename, so that the quota of who wrote it still pays for it."""
+    def _corrupt(self, batch: Batch, vhost: str, name: bytes, reason: str) -> bool:
+        """S3 -> S12: moved by rename, so that the quota of who wrote it still pays for it. Whether it was moved."""
         queue_id = layout.new_queue_id()
         shown = os.fsdecode(name).encode("utf-8", "backslashreplace").decode()
         source = os.fsencode(layout.maildrop(self._spool, vhost)) + b"/new/" + name
@@ -551,9 +584,10 @@ class Releaser:
             os.rename(source, layout.path(self._spool, "corrupt", queue_id))
         except OSError as error:
             self._drops.leave(vhost, name, f"{reason}; cannot be moved to corrupt/: {error.strerror}")
-            return
+            return False
         startup.corrupt(batch, queue_id, vhost, status, f"{reason}; name {shown}")
         LOG.warning(maillog.corrupt(queue_id, vhost, shown, reason))
+        return True
 
     # Decisions of a person: S7 -> S5, S7 -> S11, S11 -> S7, S10 -> S5, S10 -> S11.
 
@@ -563,21 +597,31 @@ class Releaser:
         decided = self._ledger.decided(ROUND)
         self._decisions_wait = len(decided) == ROUND
         for row in decided:
-            decision, actor = row.decision or "", row.actor or ""
-            row.executed_at = ledger.utc(time.time())
-            batch.then(partial(startup.place, self._spool, row))
-            # What the MTA has refused is told to it again.
-            row.remaining, row.refused = row.concerned, []
-            if decision == "release":
-                row.deferred_at = None
-                row.state, row.limited, row.next_try = ACTIVE, 0, self._now()
-                batch.then(partial(self._handover.later, row.next_try, row.queue_id))
+            part = Batch(self._ledger)
+            try:
+                self._carry_out(part, row)
+            except Exception as error:
+                # It is tried again with the next scan, and the others' decisions do not wait for it.
+                LOG.error(maillog.undecided(row.queue_id, row.vhost, error), exc_info=True)
             else:
-                row.state = TRASHED if decision == "delete" else HELD
-                self._door.add(row, -1 if decision == "delete" else 1)
-                batch.log_all(f"{decision}d", row, row.why, actor)
-            batch.put(row)
-            LOG.info(maillog.decided(row.queue_id, row.vhost, decision, actor))
+                batch.add(part)
+
+    def _carry_out(self, batch: Batch, row: Row) -> None:
+        decision, actor = row.decision or "", row.actor or ""
+        row.executed_at = ledger.utc(time.time())
+        batch.then(partial(startup.place, self._spool, row))
+        # What the MTA has refused is told to it again.
+        row.remaining, row.refused = row.concerned, []
+        if decision == "release":
+            row.deferred_at = None
+            row.state, row.limited, row.next_try = ACTIVE, 0, self._now()
+            batch.then(partial(self._handover.later, row.next_try, row.queue_id))
+        else:
+            row.state = TRASHED if decision == "delete" else HELD
+            self._door.add(row, -1 if decision == "delete" else 1)
+            batch.log_all(f"{decision}d", row, row.why, actor)
+        batch.put(row)
+        LOG.info(maillog.decided(row.queue_id, row.vhost, decision, actor))
 
     # What the configuration says.
 

@@ -1,4 +1,4 @@
-"""Whether there is room to work: on the disk, among the open files."""
+"""Whether there is room to work: on the disk, among the open files, in memory."""
 
 import errno
 import sqlite3
@@ -20,11 +20,10 @@ class Room:
         self._until = 0.0
         self._said = False
 
-    def lacks(self, error: OSError | sqlite3.Error) -> bool:
+    def lacks(self, error: Exception) -> bool:
         """Whether ERROR is one that passes with more room. Then it is said, and work waits."""
-        if isinstance(error, OSError) and error.errno not in LACKS:
-            return False
-        if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.OperationalError):
+        passes = isinstance(error, (sqlite3.OperationalError, MemoryError))
+        if not passes and not (isinstance(error, OSError) and error.errno in LACKS):
             return False
         self._until = time.monotonic() + PAUSE
         if not self._said:

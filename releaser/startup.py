@@ -2,6 +2,7 @@
 
 import io
 import os
+import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from functools import partial
 
 from releaser import envelope, layout, maillog, mailqueue, message, pickup
 from releaser.batch import Batch
+from releaser.incidents import NOTICE
 from releaser.ledger import ACTIVE, CORRUPT, DONE, FAILED, HELD, TRASHED, UNKNOWN, Ledger, Row, utc
 from releaser.maillog import LOG
 
@@ -46,9 +48,11 @@ def place(spool: str, row: Row) -> None:
         source = other
     try:
         mailqueue.move(spool, row.queue_id, source, target)
-    except OSError as error:
+    except FileNotFoundError as error:
         missing = f"its file is missing: {error.strerror}; run: secure-sendmail check"
         LOG.error(maillog.unknown(row.queue_id, row.vhost, missing))
+    except OSError as error:
+        LOG.error(maillog.left_for_start(error))
 
 
 def close_missing(spool: str, book: Ledger) -> list[str]:
@@ -84,9 +88,12 @@ def _adopt(spool: str, book: Ledger, alive: Callable[[], None]) -> None:
             if queue_id not in known and (name in ("hold", "active") or book.row(queue_id) is None):
                 try:
                     _adopt_one(spool, book, name, queue_id)
-                except UNREADABLE as error:
-                    unreadable = f"{name}/{queue_id} has no record and cannot be read: {error}"
-                    LOG.error(maillog.unknown(queue_id, "", unreadable))
+                except sqlite3.Error:
+                    raise
+                except Exception as error:
+                    # One file cannot stop the start; it stays where it is.
+                    unreadable = f"{name}/{queue_id} has no record and cannot be read: {error!r}"
+                    LOG.error(maillog.unknown(queue_id, "", unreadable), exc_info=not isinstance(error, UNREADABLE))
 
 
 def _adopt_one(spool: str, book: Ledger, name: str, queue_id: str) -> None:
@@ -103,8 +110,9 @@ def _adopt_one(spool: str, book: Ledger, name: str, queue_id: str) -> None:
     original = bool(found.source) and any(os.path.lexists(f"{drop}/new/{found.source}") for drop in drops)
     recorded = book.row(queue_id)
     ended = recorded is not None and recorded.state in (DONE, FAILED)
-    if ended or (original and recorded is None):
-        # The message has ended, or its original is still in new/: the copy is a leftover.
+    again = original or (found.reason == NOTICE and any(incident.notified_at is None for incident in book.incidents()))
+    if ended or (again and recorded is None):
+        # The message has ended, or its original is still in new/, or it is a notice that is still due: a leftover.
         mailqueue.remove(spool, name, queue_id)
         return
     if name == "active":

@@ -19,9 +19,10 @@ from enqueue import main as enqueue_main
 from enqueue import options
 from enqueue.failure import Failure
 from enqueue.maildrop import Maildrop
-from releaser import config, handover, layout, pickup, release
+from releaser import config, handover, incidents, layout, pickup, release
 from releaser.cli.main import run
 from releaser.ledger import Ledger
+from releaser.maildrops import Maildrops
 
 pytestmark = pytest.mark.server
 
@@ -48,9 +49,9 @@ class Spool:
             monkeypatch.setattr(os, name, self._recorded(name, getattr(os, name)))
         monkeypatch.setattr(handover, "MESSAGE_BACKOFF", (0, 0))
 
-    def configure(self, url: str, limit: str = "unlimited") -> None:
+    def configure(self, url: str, limit: str = "unlimited", extra: str = "") -> None:
         self.file.write_text(
-            f'spool = "{self.spool}"\nstate = "{self.root}/state"\n[mta]\nurl = "{url}"\n[limits]\ndefault = ["{limit}"]\n'
+            f'spool = "{self.spool}"\nstate = "{self.root}/state"\n[mta]\nurl = "{url}"\n[limits]\ndefault = ["{limit}"]\n{extra}'
         )
 
     def state(self) -> str:
@@ -127,6 +128,10 @@ class Dying(Ledger):
             raise Crash
         with super().transaction():
             yield
+
+
+def crashing(*_: object) -> None:
+    raise Crash
 
 
 def crash(spool: Spool, commit: int) -> None:
@@ -263,6 +268,28 @@ def large_refused(spool: Spool) -> None:
     assert spool.state() == "S10"
 
 
+def large_refused_not_removed(spool: Spool) -> None:
+    with Sink(["-f", "RCPT"]) as sink, pytest.MonkeyPatch.context() as patch:
+        spool.configure(f"smtp://127.0.0.1:{sink.port}")
+        spool.submit(BIG)
+        patch.setattr(Maildrops, "remove", crashing)
+        with pytest.raises(Crash):
+            spool.work()
+    assert spool.state() == "S13"
+    spool.work()
+    assert spool.state() == "S10"
+
+
+def notice(spool: Spool) -> None:
+    spool.configure(f"maildir:{spool.root}/mail", "0/1h", 'over_limit = "observe"\nnotify = "admin@x.example"\n')
+    spool.submit()
+    spool.work()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(incidents, "NOTICE_DELAY", 0)
+        spool.work()
+    assert spool.state() == "S1" and len(list((spool.root / "mail/new").iterdir())) == 2
+
+
 def deferred_then_refused(spool: Spool) -> None:
     with Sink(["-r", "RCPT"]) as sink:
         spool.configure(f"smtp://127.0.0.1:{sink.port}")
@@ -299,7 +326,7 @@ def ledger_lost(spool: Spool) -> None:
 SCENARIOS = (
     accepted, refused_at_the_door, writer_gone, large, large_without_mta, held, hold_not_recorded, no_message,
     large_not_finished, refused, refused_then_decided, refused_then_deleted, refused_not_recorded,
-    large_refused, deferred_then_refused, ledger_lost,
+    large_refused, large_refused_not_removed, notice, deferred_then_refused, ledger_lost,
 )  # fmt: skip
 
 

@@ -1,7 +1,12 @@
-"""No room: a full spool, a full ledger, too many open files. Nothing is lost or sent twice, and it goes on by itself."""
+"""No room: on the disk, of inodes, in the error log, among the open files, in memory.
+
+Nothing is lost or sent twice, and it goes on by itself.
+"""
 
 from __future__ import annotations
 
+import itertools
+import os
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
@@ -37,6 +42,14 @@ def fill(ballast: Path) -> None:
     with ballast.open("ab", buffering=0) as stream, pytest.raises(OSError, match="No space left"):
         while True:
             stream.write(b"x" * 1000)
+
+
+def fill_inodes(ballast: Path) -> None:
+    """Leaves no inode."""
+    ballast.mkdir()
+    with pytest.raises(OSError, match="No space left"):
+        for number in itertools.count():
+            (ballast / str(number)).touch()
 
 
 def said(host: Host) -> int:
@@ -162,3 +175,93 @@ def test_no_room_among_the_open_files() -> None:
             host.wait_until_idle()
             assert host.is_running() and said(host) == 1
         assert Counter(row["event"] for row in host.rows()) == {"released": 2}
+
+
+def test_no_inode_in_the_spool_for_what_is_held() -> None:
+    """The same as without space; enqueue says 73."""
+    with Host(default=["1/1h"], extra=UNWATCHED) as host, small(host.spool, inodes=100) as ballast:
+        host.add(VHOST)
+        for number in range(3):
+            host.send(VHOST, message=text("one@x.example", subject=str(number)))
+        fill_inodes(ballast)
+        with host.running():
+            host.wait_for_mail(1)
+            host.wait_for_log(NO_ROOM)
+            # What has gone out has left one.
+            (ballast / "last").touch()
+            assert host.enqueue(VHOST).returncode == 73
+            subprocess.run(["rm", "-r", ballast], check=True)
+            host.wait(lambda: len(host.held()) == 2, "they are held")
+            host.wait_until_idle()
+            assert host.is_running() and said(host) == 1
+        assert Counter(row["event"] for row in host.rows()) == {"released": 1, "held": 2}
+
+
+def test_no_inode_for_the_ledger() -> None:
+    """A releaser that runs needs none; one that is started says so and ends with 74, until there is one."""
+    with Host() as host, small(host.state, inodes=20) as ballast:
+        host.add(VHOST)
+        with host.running():
+            fill_inodes(ballast)
+            host.send(VHOST)
+            host.wait_for_mail(1)
+            host.wait_until_idle()
+        host.send(VHOST)
+        fill_inodes(host.state / "more")
+        run = host.releaser("--once")
+        assert run.returncode == 74 and len(run.stderr.splitlines()) == 1, run
+        assert [name.partition("/")[0] for name in host.ls()] == ["vhosts"]
+        subprocess.run(["rm", "-r", ballast, host.state / "more"], check=True)
+        with host.running():
+            host.wait_for_mail(2)
+            host.wait_until_idle()
+        assert Counter(row["event"] for row in host.rows()) == {"released": 2}
+
+
+@pytest.mark.parametrize("what", ["space", "inode"])
+def test_no_room_for_the_error_log(what: str) -> None:
+    """The warning is on stderr alone, that it is there is said once, and mail is held as before; later ones are written."""
+    vhosts = [VHOST, "www.b.example", "www.c.example"]
+    with Host(default=["0/1h"]) as host:
+        log = host.directory / "log"
+        host.configure(extra=f'[log]\nerror_log = "{log}/error.log"\n')
+        host.add(*vhosts)
+        with small(log, inodes=20) as ballast:
+            (fill if what == "space" else fill_inodes)(ballast)
+            with host.running():
+                for vhost in vhosts[:2]:
+                    host.send(vhost)
+                    host.wait_for_log(f"domain {vhost}: exceeded limit")
+                host.wait(lambda: len(host.held()) == 2, "both are held")
+                assert host.log().count("the error log cannot be written") == 1
+                subprocess.run(["rm", "-r", ballast], check=True)
+                host.send(vhosts[2])
+                host.wait(lambda: len(host.held()) == 3, "the third is held")
+                host.wait_until_idle()
+                assert host.is_running()
+            (line,) = (log / "error.log").read_text().splitlines()
+            assert f"domain {vhosts[2]}: exceeded limit" in line
+
+
+def test_no_room_in_memory() -> None:
+    """A message that there is no memory for stays in new/, others go out, and it does when there is; nothing ends."""
+    with Host() as host:
+        host.add(VHOST, "www.b.example")
+        with host.running():
+            host.send(VHOST)
+            host.wait_for_mail(1)
+            host.wait_until_idle()
+            status = Path(f"/proc/{host.pid}/status").read_text()
+            size = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmSize:"))
+            # A quarter of what the message needs.
+            subprocess.run(["prlimit", f"--pid={host.pid}", f"--as={size * 1024 + 500_000}:"], check=True)
+            host.send(VHOST, message=text("one@x.example", subject="large", body="x" * 70 + "\n" + "y" * 1_000_000 + "\n"))
+            host.wait_for_log("MemoryError")
+            host.send("www.b.example", message=text("one@x.example", subject="small"))
+            host.wait_for_mail(2)
+            assert host.subjects() == ["small", "subject"] and host.is_running()
+            subprocess.run(["prlimit", f"--pid={host.pid}", "--as=unlimited:"], check=True)
+            os.utime(host.spool / "wake/control")
+            host.wait_for_mail(3)
+            host.wait_until_idle()
+        assert Counter(row["event"] for row in host.rows()) == {"released": 3}

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,16 @@ def test_not_made_in_a_directory_of_others(tmp_path: Path) -> None:
     (theirs / "error.log").write_text("")
     errorlog.append(str(theirs / "error.log"), "line", ())
     assert (theirs / "error.log").read_text() == "line\n"
+
+
+def test_torn_line_is_no_success(tmp_path: Path) -> None:
+    """Where only a part of the line has room, that is said, as where nothing has."""
+    code = (
+        "import resource, sys; from releaser import errorlog; resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n"
+        "try:\n    errorlog.append(sys.argv[1], 'a line of more', ())\nexcept errorlog.NotWritten as error:\n    print(error)"
+    )
+    run = subprocess.run([sys.executable, "-c", code, tmp_path / "error.log"], capture_output=True, text=True, check=True)
+    assert "a part of the line only" in run.stdout and (tmp_path / "error.log").read_text() == "a line of "
 
 
 def test_words_of_the_original() -> None:

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forks import ENDED, EXIT, KILL, Forks
 from host import Host
 from mariadb import PASSWORD, MariaDB
+from test_contract_crash import Site
 
 from releaser import config, mysql_log
 from releaser.ledger import LOG_COLUMNS, Ledger
@@ -222,3 +224,43 @@ def test_old_rows_are_collected(host: Host, server: MariaDB, tmp_path: Path) -> 
     assert re.fullmatch(stamp + r" \[secure-sendmail\] GC was run \(998 rows older than 168 hours deleted\)\n", line)
     assert time.time() - os.stat(error_log).st_mtime < 60
     assert subprocess.run(["test", "-f", error_log]).returncode == 0
+
+
+def test_ended_before_each_statement(server: MariaDB, tmp_path: Path) -> None:
+    """The releaser ends before any statement to MySQL, or commit, while it ships and collects: each row is there once."""
+    server.root("DROP TABLE IF EXISTS mail_log, mail_log_schema")
+    (tmp_path / "password").write_text(PASSWORD + "\n")
+    (tmp_path / "password").chmod(0o600)
+    section = f'[mysql]\nhost = "127.0.0.1"\nport = {server.port}\npassword_file = "{tmp_path}/password"\n'
+    with Forks(tmp_path) as forks, Site(tmp_path, forks) as site:
+        site.configure("2/1h", extra=section)
+        init = ("log", "init", "--user", "creator", "--password-file", str(tmp_path / "password"))
+        assert site.run(site.command(*init)).status == 0
+        for name in ("a", "b", "c"):
+            site.send(name)
+        assert site.run(site.releaser()).status == 0
+        assert [row[0] for row in server.rows("recipient")] == [f"{name}@x.example" for name in "abc"]
+        # Two were sent long ago, one is held; two more are not shipped yet.
+        site.sql("UPDATE mail_log SET logged_at = '2020-01-01T00:00:00.000000Z'")
+        server.root("UPDATE mail_log SET logged_at = '2020-01-01'")
+        for name in ("d", "e"):
+            site.send(name)
+        site.configure("2/1h")
+        assert site.run(site.releaser()).status == 0
+        site.configure("2/1h", extra=section)
+        saved, ends = site.save(), 0
+        server.root("CREATE OR REPLACE TABLE saved AS SELECT * FROM mail_log")
+        for number in range(1, 200):
+            site.restore(saved)
+            server.root("DELETE FROM mail_log")
+            server.root("INSERT INTO mail_log SELECT * FROM saved")
+            ended = site.run(site.releaser(), number, (EXIT, KILL)[number % 2])
+            if ended.status == 0:
+                break
+            ends += 1
+            point = f"ended before call {number} of {ended.calls}\n{ended.stderr}"
+            assert ended.status in ENDED, point
+            assert site.run(site.releaser()).status == 0, point
+            for rows in (server.rows("event, recipient"), site.sql("SELECT event, recipient FROM mail_log ORDER BY seq")):
+                assert rows == [("held", f"{name}@x.example") for name in "cde"], point
+        assert ended.calls.count("query") > 5 and ended.calls.count("COMMIT") > 2 and ends > 8

@@ -158,8 +158,8 @@ class Outside:
             gates[name] = self._maildrop(vhosts, name)
         for name in sorted(entries - gates.keys()):
             left = name.startswith(".") and name.endswith((".new", ".removed"))
-            why = "left by a vhost add or remove that was interrupted" if left else "no vhost's"
-            self.found.warnings.append(f"{path}/{name}: {why}; remove it")
+            why = "left by a vhost add or remove that was interrupted; give that again, or" if left else "no vhost's;"
+            self.found.warnings.append(f"{path}/{name}: {why} remove it")
         bells, inner = identity.run_as(self.who, lambda: self._bells(list(gates)))
         self.found.add(inner)
         for name, bell in bells.items():

@@ -158,10 +158,12 @@ def remove(context: Context, name: str, keep_mail: bool, delete_mail: bool, dry_
     name = name if name == layout.UNREGISTERED else _vhost(name)
     settings = context.config
     who = _existing(settings)
+    aside = f".{name}.removed"
     with Spool(settings.spool, who) as spool:
         with spool.inside("vhosts") as vhosts:
-            if not provision.exists(vhosts, name):
-                raise Failed(f"no vhost {name!r}; run: secure-sendmail vhost list")
+            there, begun = provision.exists(vhosts, name), provision.exists(vhosts, aside)
+        if not there and not begun:
+            raise Failed(f"no vhost {name!r}; run: secure-sendmail vhost list")
         _nothing_pending(settings, who, name)
         mail = _mail(settings, who, name)
         what = ", ".join(f"{count} {kind}" for kind, count in mail.items() if count and kind in ("waiting", ACTIVE, HELD, FAILED))
@@ -174,10 +176,12 @@ def remove(context: Context, name: str, keep_mail: bool, delete_mail: bool, dry_
             if not sys.stdin.isatty():
                 raise click.UsageError("without a terminal, this vhost remove needs --yes")
             click.confirm("remove?", abort=True)
-        aside = f".{name}.removed"
-        with spool.inside("vhosts") as vhosts:
-            # What an interrupted remove has left.
-            provision.remove_tree(vhosts, aside)
+        if not there:
+            # A remove that was interrupted is done again: the directory is the last that goes.
+            spool.rename_maildrop(aside, name)
+        elif begun:
+            with spool.inside("vhosts") as vhosts:
+                provision.remove_tree(vhosts, aside)
         mode = _close(spool, name, lambda: _obstacle(settings, who, name, delete_mail))
         bell = identity.run_as(who, lambda: policy.bell(settings.spool, name))
         spool.rename_maildrop(name, aside)
@@ -186,20 +190,21 @@ def remove(context: Context, name: str, keep_mail: bool, delete_mail: bool, dry_
             spool.rename_maildrop(aside, name)
             _set_mode(spool, name, mode)
             raise Failed(f"{name}: mail has come in meanwhile; run this again")
-        with spool.inside("vhosts") as vhosts:
-            # The policy is a file, too.
-            files = max(provision.remove_tree(vhosts, aside) - 1, 0)
         if bell and layout.is_bell(bell):
             spool.remove_bell(bell)
         try:
             os.unlink(config.vhost_file(context.file, name))
         except FileNotFoundError:
             pass
-    by = identity.actor()
-    if delete_mail:
-        identity.run_as(who, lambda: Ledger(settings.state).delete_held(name, by, f"vhost remove {name}"))
-    deleted = f"{files} file{'' if files == 1 else 's'} of its maildrop deleted" if files else ""
-    identity.run_as(who, lambda: Ledger(settings.state).removed(name, deleted, by))
+        by = identity.actor()
+        if delete_mail:
+            identity.run_as(who, lambda: Ledger(settings.state).delete_held(name, by, f"vhost remove {name}"))
+        parts = [f"{settings.spool}/vhosts/{aside}/{part}" for part in ("tmp", "new")]
+        files = identity.run_as(who, lambda: sum(map(_files, parts)))
+        deleted = f"{files} file{'' if files == 1 else 's'} of its maildrop deleted" if files else ""
+        identity.run_as(who, lambda: Ledger(settings.state).removed(name, deleted, by))
+        with spool.inside("vhosts") as vhosts:
+            provision.remove_tree(vhosts, aside)
     identity.run_as(who, partial(_ring, settings.spool))
     output.say(f"removed {name}" + (f", {deleted}" if deleted else ""))
 
