@@ -566,8 +566,9 @@ class Releaser:
             decision, actor = row.decision or "", row.actor or ""
             row.executed_at = ledger.utc(time.time())
             batch.then(partial(startup.place, self._spool, row))
-            # What the MTA has refused is told to it again.
-            row.remaining, row.refused = row.concerned, []
+            if not row.remaining:
+                # What the MTA has refused is told to it again.
+                row.remaining, row.refused = row.concerned, []
             if decision == "release":
                 row.deferred_at = None
                 row.state, row.limited, row.next_try = ACTIVE, 0, time.time()

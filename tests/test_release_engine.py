@@ -1007,3 +1007,28 @@ def test_stop_keeps_counted_what_was_sent(tmp_path: Path, monkeypatch: pytest.Mo
         (row,) = site.ledger.rows("state = 'held'")
         assert row.remaining == MANY[100:]
     assert [message.recipients for message in server.messages] == [MANY[:100]]
+
+
+def test_refused_recipients_are_kept_whatever_a_person_does_with_the_others(tmp_path: Path, server: Server) -> None:
+    """One is refused, the other deferred, then held by a stop and released: the message ends in failed/, for the first."""
+    answers = {b"RCPT TO:<bad@": b"550 no such user", b"RCPT TO:<late@": b"451 later"}
+    server.answer = lambda command: next((words for begin, words in answers.items() if command.startswith(begin)), YES)
+    site = Site(tmp_path, server.url)
+    site.put(to=("bad@x.example", "late@x.example"))
+    with site.started() as engine:
+        deferred(site, engine)
+        (row,) = site.ledger.rows("state = 'active'")
+        site.ledger.stop(A, "root", "broken into")
+        engine._handover.later(0.0, row.queue_id)
+        work(engine, lambda: site.states() == ["held"], "the other is held")
+        site.ledger.resume(A, "root", "")
+        del answers[b"RCPT TO:<late@"]
+        site.decide("release")
+        engine.scan()
+        work(engine, lambda: server.messages, "it is sent")
+        settle(engine)
+        assert (site.states(), site.ls()) == (["failed"], ["failed"])
+        (row,) = site.ledger.rows("state = 'failed'")
+        assert (row.remaining, [address for address, _ in row.refused]) == ([], ["bad@x.example"])
+    assert server.copies == {"late@x.example": 1}
+    assert sorted(site.log("failed", "released")) == [("failed", "bad@x.example"), ("released", "late@x.example")]
