@@ -74,6 +74,8 @@ class Releaser:
         self._announced_size = 0
         # What the ledger has had no room for, in order: nothing else happens before.
         self._unwritten: list[Batch] = []
+        # Whether the ledger had no room since the accounts were built.
+        self._late = False
         self._in_hand = poison.InHand(config.state, book)
         self._decisions_wait = True
         self._next_scan = 0.0
@@ -246,8 +248,12 @@ class Releaser:
                 self._unwritten[0].commit()
             except sqlite3.OperationalError as error:
                 self._room.lacks(error)
+                self._late = True
                 return False
             self._unwritten.pop(0)
+        if self._late:
+            # An account that was built meanwhile knows only half of what was under way.
+            self._late, self._accounts = False, {}
         return True
 
     # The door.

@@ -1032,3 +1032,31 @@ def test_refused_recipients_are_kept_whatever_a_person_does_with_the_others(tmp_
         assert (row.remaining, [address for address, _ in row.refused]) == ([], ["bad@x.example"])
     assert server.copies == {"late@x.example": 1}
     assert sorted(site.log("failed", "released")) == [("failed", "bad@x.example"), ("released", "late@x.example")]
+
+
+def test_reload_while_the_ledger_has_no_room_leaves_no_reservation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server
+) -> None:
+    """What was confirmed before it could be written down counts once behind a reload, and no longer than its window."""
+    site = Site(tmp_path, server.url, "1/1s")
+    put, full = Ledger.put, [False]
+
+    def no_room(book: Ledger, row: Any) -> None:
+        if full[0]:
+            raise sqlite3.OperationalError("database or disk is full")
+        put(book, row)
+
+    monkeypatch.setattr(Ledger, "put", no_room)
+    monkeypatch.setattr(release, "PAUSE", 0.1)
+    monkeypatch.setattr("releaser.room.PAUSE", 0.1)
+    site.put()
+    with site.started() as engine:
+        work(engine, lambda: engine._handover.in_flight, "it is with the MTA")
+        full[0] = True
+        work(engine, lambda: engine._unwritten, "the outcome cannot be written")
+        engine.reload(site.load())
+        assert used(engine) == 1
+        full[0] = False
+        work(engine, lambda: site.states() == ["done"], "it can")
+        time.sleep(1.1)
+        assert (used(engine), used_by_the_ledger(engine)) == (0, 0)
