@@ -17,10 +17,11 @@ import stat
 import subprocess
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,10 @@ class Moody:
     """What the MTA answers: 550 for ever to "bad", 451 once to "grey", and what comes to its mind while it is in the mood."""
 
     def __init__(self, pick: random.Random) -> None:
-        self.pick, self.bad_mood, self.greylisted = pick, False, set[str]()
+        self.pick, self.bad, self.greylisted = pick, False, set[str]()
+
+    def turn(self, bad: bool) -> None:
+        self.bad = bad
 
     def __call__(self, verb: bytes, address: str) -> bytes | None:
         if verb == b"RCPT" and "@bad." in address:
@@ -87,7 +91,7 @@ class Moody:
         if verb == b".":
             # So that there is always something in flight.
             time.sleep(self.pick.choice((0, 0, 0.02, 0.4)))
-        if not self.bad_mood or self.pick.random() > MOODY:
+        if not self.bad or self.pick.random() > MOODY:
             return YES
         answers = [HANG_UP, b"451 4.3.0 not now", b"421 4.3.2 going down", b"554 5.6.0 I do not like it", YES]
         answer = self.pick.choice(answers)
@@ -147,49 +151,39 @@ class Soak:
         # What is under a fault, and how that is ended; and what is to be done later.
         self.faults: dict[str, Callable[[], object]] = {}
         self.due: list[tuple[float, Callable[[], object]]] = []
-        self.asked = False
-        self.full_until = 0.0
-        self.stopping = False
+        # Whether somebody has sent a signal to the releaser, and until when it may end because a disk is full.
+        self.asked, self.full_until = False, 0.0
 
     def run(self) -> Evidence:
         with ExitStack() as stack:
             self.server = stack.enter_context(MariaDB())
             self.mood = Moody(random.Random(f"{self.seed}/mta"))
             self.mta = stack.enter_context(Recorder(self.mood, free_port()))
-            size = f"{32 + int(16 * self.minutes)}m"
-            self.system = stack.enter_context(SmallDisks(size, smtp(self.mta.port)))
+            self.system = stack.enter_context(SmallDisks(f"{32 + int(16 * self.minutes)}m", smtp(self.mta.port)))
             self.pool = stack.enter_context(ThreadPoolExecutor(2))
             self.install()
-            self.launch()
+            self.system.launch()
             customers = [stack.enter_context(self.customer(name)) for name in CUSTOMERS]
             self.work()
-            for customer in customers:
-                assert customer.stdin is not None
-                customer.stdin.close()
             self.come_to_rest(customers)
             return self.evidence()
 
     def install(self) -> None:
-        password = self.system.config.parent / "mysql.password"
+        system, ours = self.system, {name: vhost for name, vhost in VHOSTS.items() if vhost.user}
+        password = system.config.parent / "mysql.password"
         password.write_text(PASSWORD + "\n")
         password.chmod(0o600)
-        os.chown(password, self.system.uids[DAEMON], self.system.uids[DAEMON])
-        server = f'host = "127.0.0.1"\nport = {self.server.port}\npassword_file = "{password}"\n'
-        self.tables = (
-            "".join(
-                f'[vhosts."{name}"]\nlimits = {json.dumps(vhost.limits)}\nover_limit = "{vhost.over_limit}"\n'
-                f'count = "{vhost.count}"\n'
-                for name, vhost in VHOSTS.items()
-                if vhost.user
-            )
-            + f"[mysql]\n{server}"
-        )
+        os.chown(password, system.uids[DAEMON], system.uids[DAEMON])
+        self.tables = f'[mysql]\nhost = "127.0.0.1"\nport = {self.server.port}\npassword_file = "{password}"\n'
+        for name, vhost in ours.items():
+            keys = {"limits": vhost.limits, "over_limit": vhost.over_limit, "count": vhost.count}
+            lines = "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items())
+            self.tables += f'[vhosts."{name}"]\n{lines}'
         self.configure("0", 10_000)
-        for name, vhost in VHOSTS.items():
-            if vhost.user:
-                self.system.register(name, vhost.user)
-        self.system.cli("vhost", "add", "--unregistered")
-        self.system.cli("log", "init", "--user", "creator", "--password-file", str(password))
+        for name, vhost in ours.items():
+            system.register(name, vhost.user)
+        system.cli("vhost", "add", "--unregistered")
+        system.cli("log", "init", "--user", "creator", "--password-file", str(password))
 
     def configure(self, min_free: str, most: int) -> None:
         extra = f'min_free = "{min_free}"\nhold_max_messages = {most}\n{self.tables}'
@@ -197,17 +191,19 @@ class Soak:
 
     @contextmanager
     def customer(self, user: str) -> Iterator[subprocess.Popen[bytes]]:
-        maildrops = {name: name if VHOSTS[name].user else SHARED for name in CUSTOMERS[user]}
         system = self.system
-        enqueue = [str(system.programs / "secure-sendmail-enqueue"), "--spool", str(system.spool)]
-        other = "www.hold.example" if user != "c1" else "www.messages.example"
-        facts = {"name": f"u{user}", "seed": self.seed, "enqueue": enqueue, "spool": str(system.spool),
-                 "maildrops": maildrops, "registered": other}  # fmt: skip
+        facts = {
+            "name": f"u{user}",
+            "seed": self.seed,
+            "enqueue": [str(system.programs / "secure-sendmail-enqueue"), "--spool", str(system.spool)],
+            "spool": str(system.spool),
+            "maildrops": {name: name if VHOSTS[name].user else SHARED for name in CUSTOMERS[user]},
+            "registered": "www.messages.example" if user == "c1" else "www.hold.example",
+        }
         code = (Path(__file__).parent / "soak_customer.py").read_text()
+        command = system.words([PYTHON, "-c", code, json.dumps(facts)], user)
         with (system.directory / f"told.{user}").open("ab") as said:
-            process = subprocess.Popen(
-                system.words([PYTHON, "-c", code, json.dumps(facts)], user), stdin=subprocess.PIPE, stdout=said
-            )
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said)
         try:
             yield process
         finally:
@@ -216,20 +212,43 @@ class Soak:
 
     # The acts.
 
+    def plan(self) -> Iterator[tuple[int, str, str, Callable[[], object], Callable[[], object]]]:
+        """How often something happens; what is under that fault, so that it has one at a time; its name, begin and end."""
+        system, mta, server, mood, none = self.system, self.mta, self.server, self.mood, lambda: None
+        for weight, *numbers in ((14, signal.SIGKILL), (5, signal.SIGTERM), (3, signal.SIGTERM, signal.SIGTERM)):
+            yield weight, "", " and ".join(number.name for number in numbers), partial(self.signal, numbers), none
+        yield 6, "mta", "MTA stopped", mta.close, mta.start
+        yield 10, "mood", "MTA in a bad mood", partial(mood.turn, True), partial(mood.turn, False)
+        for disk in (system.spool, system.state):
+            yield 5, disk.name, f"{disk.name} full", partial(self.fill, disk), (disk / "ballast").unlink
+        yield 3, "mysql", "MySQL stopped", server.stop, self.start_mysql
+        yield 3, "mysql", "MySQL killed", self.kill_mysql, self.start_mysql
+        yield 2, "mysql", "MySQL frozen", partial(server.signal, signal.SIGSTOP), partial(server.signal, signal.SIGCONT)
+        read_only = "SET GLOBAL read_only = "
+        yield 2, "mysql", "MySQL read-only", partial(server.root, f"{read_only}1"), partial(server.root, f"{read_only}0")
+        for vhost in VHOSTS:
+            yield 1, "vhost", "vhost stopped", partial(self.command, "stop", vhost, "--why", "soak"), partial(self.resume, vhost)
+        for settings in (("0", 10_000), ("1M", 10_000), ("0", 50)):
+            yield 2, "", "reload", partial(self.configure, *settings), none
+        for weight, *verb in ((15, "release"), (6, "release", "--failed"), (7, "delete"), (7, "undelete", "--deleted")):
+            yield weight, "", " ".join(verb), partial(self.review, *verb), none
+
     def work(self) -> None:
         """All that happens at random."""
-        acts: dict[Callable[[random.Random], None], int] = {
-            self.kill: 14, self.terminate: 5, self.terminate_twice: 3, self.stop_mta: 6, self.vex_mta: 10, self.fill: 10,
-            self.fault_of_mysql: 10, self.review: 30, self.stop_vhost: 5, self.reload: 7,
-        }  # fmt: skip
+        plan = list(self.plan())
         end, next_act, number = time.monotonic() + 60 * self.minutes, 0.0, 0
         while time.monotonic() < end:
             if time.monotonic() >= next_act:
-                pick = random.Random(f"{self.seed}/{number}")
-                (act,) = pick.choices(list(acts), list(acts.values()))
-                act(pick)
-                number += 1
-                next_act = time.monotonic() + pick.expovariate(1 / PAUSE)
+                self.pick = random.Random(f"{self.seed}/{number}")
+                ((_, fault, name, begin, finish),) = self.pick.choices(plan, [act[0] for act in plan])
+                lasts, pause = self.pick.uniform(0.3, LASTS), self.pick.expovariate(1 / PAUSE)
+                if fault not in self.faults:
+                    self.acts[name] += 1
+                    begin()
+                    if fault:
+                        self.faults[fault] = finish
+                        self.later(lasts, partial(self.mend, fault))
+                number, next_act = number + 1, time.monotonic() + pause
             self.go_on()
 
     def go_on(self) -> None:
@@ -246,121 +265,58 @@ class Soak:
             if status:
                 self.ends.append(time.time())
             self.asked = False
-            self.later(random.Random(f"{self.seed}/{len(self.ends)}").uniform(0, 1), self.launch)
+            self.later(random.Random(f"{self.seed}/end{len(self.ends)}").uniform(0, 1), self.system.launch)
         time.sleep(0.05)
 
     def later(self, seconds: float, what: Callable[[], object]) -> None:
         self.due.append((time.monotonic() + seconds, what))
 
-    def launch(self) -> None:
-        self.system.launch()
+    def mend(self, fault: str) -> None:
+        self.faults.pop(fault)()
 
-    def signal(self, number: signal.Signals) -> None:
-        try:
-            os.kill(self.system.pid, number)
-            self.asked = True
-        except (ProcessLookupError, ValueError, IndexError):
-            # It has not been started again yet.
-            pass
+    def signal(self, numbers: Sequence[signal.Signals]) -> None:
+        for number in numbers:
+            try:
+                os.kill(self.system.pid, number)
+                self.asked = True
+            except (ProcessLookupError, ValueError, IndexError):
+                # It has ended, or has not been started again yet.
+                return
+            time.sleep(self.pick.uniform(0, 0.1))
 
-    def kill(self, pick: random.Random) -> None:
-        self.acts["kill -9"] += 1
-        self.signal(signal.SIGKILL)
+    def fill(self, disk: Path) -> None:
+        self.full_until = time.monotonic() + LASTS + FULL
+        fill(disk / "ballast")
 
-    def terminate(self, pick: random.Random) -> None:
-        self.acts["SIGTERM"] += 1
-        self.signal(signal.SIGTERM)
-
-    def terminate_twice(self, pick: random.Random) -> None:
-        self.acts["SIGTERM twice"] += 1
-        self.signal(signal.SIGTERM)
-        self.later(pick.uniform(0, 0.3), lambda: self.signal(signal.SIGTERM))
-
-    def fault(self, pick: random.Random, what: str, name: str, begin: Callable[[], object], end: Callable[[], object]) -> None:
-        if what not in self.faults:
-            self.acts[name] += 1
-            begin()
-            self.faults[what] = end
-            self.later(pick.uniform(0.3, LASTS), lambda: self.mend(what))
-
-    def mend(self, what: str) -> None:
-        self.faults.pop(what, lambda: None)()
-
-    def stop_mta(self, pick: random.Random) -> None:
-        self.fault(pick, "mta", "MTA stopped", self.mta.close, self.mta.start)
-
-    def vex_mta(self, pick: random.Random) -> None:
-        def be(bad: bool) -> None:
-            self.mood.bad_mood = bad
-
-        self.fault(pick, "mood", "MTA in a bad mood", lambda: be(True), lambda: be(False))
-
-    def fill(self, pick: random.Random) -> None:
-        directory = pick.choice((self.system.spool, self.system.state))
-        ballast = directory / "ballast"
-
-        def begin() -> None:
-            self.full_until = time.monotonic() + LASTS + FULL
-            fill(ballast)
-
-        self.fault(pick, str(directory), f"{directory.name} full", begin, ballast.unlink)
-
-    def fault_of_mysql(self, pick: random.Random) -> None:
-        def kill() -> None:
-            self.server.signal(signal.SIGKILL)
-            self.server.stop()
-
-        faults: list[tuple[str, Callable[[], object], Callable[[], object]]] = [
-            ("stopped", self.server.stop, self.start_mysql),
-            ("killed", kill, self.start_mysql),
-            ("frozen", lambda: self.server.signal(signal.SIGSTOP), lambda: self.server.signal(signal.SIGCONT)),
-            ("read-only", lambda: self.server.root("SET GLOBAL read_only = 1"),
-             lambda: self.server.root("SET GLOBAL read_only = 0")),
-        ]  # fmt: skip
-        name, begin, end = pick.choice(faults)
-        self.fault(pick, "mysql", f"MySQL {name}", begin, end)
+    def kill_mysql(self) -> None:
+        self.server.signal(signal.SIGKILL)
+        self.server.stop()
 
     def start_mysql(self) -> None:
-        for attempt in range(5):
-            try:
-                return self.server.start()
-            except TimeoutError:
-                if attempt == 4:
-                    raise
+        try:
+            self.server.start()
+        except TimeoutError:
+            # The machine has much to do.
+            self.later(1, self.start_mysql)
 
-    def reload(self, pick: random.Random) -> None:
-        self.acts["reload"] += 1
-        self.configure(pick.choice(("0", "1M")), pick.choice((50, 10_000)))
-
-    def stop_vhost(self, pick: random.Random) -> None:
-        vhost = pick.choice(list(VHOSTS))
-
-        def resume() -> None:
+    def resume(self, vhost: str) -> None:
+        if self.command("resume", vhost).returncode:
             # Where the disk is full, nothing can be decided.
-            if self.command("resume", vhost).returncode:
-                self.later(1, resume)
+            self.later(1, partial(self.resume, vhost))
 
-        self.fault(pick, "vhost", "vhost stopped", lambda: self.command("stop", vhost, "--why", "soak"), resume)
+    def review(self, verb: str, *flags: str) -> None:
+        job = self.pool.submit(self.decide, self.pick, verb, *flags)
+        job.add_done_callback(lambda job: self.problems.append(f"{job.exception()!r}") if job.exception() else None)
 
-    def review(self, pick: random.Random) -> None:
-        self.acts["review"] += 1
-        self.pool.submit(self.decide, pick).add_done_callback(self.decided)
-
-    def decide(self, pick: random.Random) -> None:
-        verb, *flags = pick.choice((["release"], ["release"], ["release", "--failed"], ["delete"], ["undelete", "--deleted"]))
+    def decide(self, pick: random.Random, verb: str, *flags: str) -> None:
+        """What a person does with some of what there is."""
         listed = self.command("hold", "list", "--json", *flags)
         rows = json.loads(listed.stdout) if listed.returncode == 0 else []
         chosen = pick.sample(rows, min(len(rows), pick.randrange(1, 15)))
-        if verb == "release":
-            for row in chosen:
-                self.reviewed[token(row["sender"])].append(time.time())
+        for row in chosen if verb == "release" else ():
+            self.reviewed[token(row["sender"])].append(time.time())
         if chosen:
             self.command("hold", verb, *(row["queue_id"] for row in chosen), "--why", "soak", "--yes")
-            self.acts[f"{verb} of messages"] += len(chosen)
-
-    def decided(self, job: Future[None]) -> None:
-        if job.exception() is not None:
-            self.problems.append(f"review: {job.exception()!r}")
 
     def command(self, *words: str) -> subprocess.CompletedProcess[Any]:
         run = self.system.cli(*words, check=False)
@@ -372,18 +328,20 @@ class Soak:
 
     def come_to_rest(self, customers: list[subprocess.Popen[bytes]]) -> None:
         """Takes all faults away; everything is decided within a bounded time, and the releaser is up and idle."""
-        for what in list(self.faults):
-            self.mend(what)
-        self.configure("0", 1_000_000)
-        self.system.wait(lambda: all(each.poll() is not None for each in customers), "the customers have ended", 60)
         for customer in customers:
-            assert customer.returncode == 0
+            assert customer.stdin is not None
+            customer.stdin.close()
+        while self.faults:
+            self.faults.popitem()[1]()
+        self.due = [(at, what) for at, what in self.due if getattr(what, "func", None) != self.mend]
+        self.configure("0", 1_000_000)
+        assert [customer.wait(60) for customer in customers] == [0] * len(customers)
         self.pool.shutdown()
         end = time.monotonic() + QUIET
         while not self.quiet():
             if time.monotonic() > end:
                 self.problems.append(f"not at rest within {QUIET} s: {self.system.report()}")
-                break
+                return
             self.go_on()
         used = of_process(self.system.pid)[0]
         time.sleep(2)
@@ -540,7 +498,9 @@ class Reckoning:
                 for queue in [queue for queue in ("hold", "trash", "failed") if queue in found.values()][:1]:
                     logged[queue, queue_id] = {recipient for recipient in found if found[recipient] == queue}
         for place in there.keys() | logged.keys():
-            if there.get(place) != logged.get(place):
+            # A copy made for all keeps the names of those who have got it meanwhile; the log tells them apart.
+            ended = {r for r, events in self.events[names.get(place[1], "")][place[1]].items() if events[-1] == "released"}
+            if there.get(place, set()) - ended != logged.get(place):
                 self.say(names.get(place[1], ""), f"{place} has {there.get(place)}, by the log {logged.get(place)}")
 
     def deliveries(self) -> None:
