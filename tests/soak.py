@@ -300,8 +300,9 @@ class Soak:
             self.later(1, self.start_mysql)
 
     def resume(self, vhost: str) -> None:
-        if self.command("resume", vhost).returncode:
-            # Where the disk is full, nothing can be decided.
+        run = self.command("resume", vhost)
+        if run.returncode and "is not stopped" not in run.stderr:
+            # Where the disk is full, nothing can be decided; so it may have been with the stop.
             self.later(1, partial(self.resume, vhost))
 
     def review(self, verb: str, *flags: str) -> None:
@@ -413,8 +414,6 @@ NEXT = {
     "unknown": set[str](),
 }
 PLACES = {"held": "hold", "undeleted": "hold", "failed": "failed", "deleted": "trash"}
-# When, how many recipients, how many messages, and which.
-Entry = tuple[float, int, int, str]
 OF_MAIL = {"sent", "rewritten", "forged"}
 
 
@@ -479,9 +478,10 @@ class Reckoning:
         for before, event in zip(["", *events], events, strict=False):
             if event not in NEXT[before]:
                 self.say(name, f"{recipient}: {event} behind {before or 'nothing'}")
-        # Only whoever decides to send it once more can have it refused once more.
+            if before in PLACES and event in ON_ITS_WAY and name not in self.found.reviewed:
+                self.say(name, f"{recipient}: {event} behind {before}, and nobody has released it")
         if events.count("failed") > 1 + len(self.found.reviewed.get(name, [])):
-            self.say(name, f"{recipient}: failed too often")
+            self.say(name, f"{recipient}: refused too often")
         if events[-1] in ("deferred", "retried") or (events[-1] == "unknown" and self.told[name]["act"] != "rewritten"):
             self.say(name, f"{recipient}: no outcome")
         self.counts[events[-1]] += 1
@@ -543,17 +543,18 @@ class Reckoning:
         it comes once more, nor one that a person has released, nor a second copy; and one with recipients that were refused
         counts whole.
         """
-        sent: defaultdict[str, list[Entry]] = defaultdict(list)
+        sent: defaultdict[str, list[tuple[float, int, str]]] = defaultdict(list)
         for name, told in self.told.items():
             reviewed = min(self.found.reviewed.get(name, []), default=float("inf"))
             first = next(iter(self.transactions[name]), None)
-            if first is not None and (at := first.taken or first.began) < reviewed:
+            if first is not None and (at := first.taken if first.replied else first.began) < reviewed:
                 for account in (told["vhost"], *([f"uid {told['uid']}"] if not VHOSTS[told["vhost"]].user else [])):
-                    sent[account].append((at, len(told["recipients"]), 1, name))
+                    per_message = VHOSTS[told["vhost"]].count == "messages"
+                    sent[account].append((at, 1 if per_message else len(told["recipients"]), name))
         for account, entries in sent.items():
             vhost = VHOSTS.get(account, Vhost(DEFAULT))
             for limit in limits.parse(list(vhost.limits)) if vhost.over_limit != "observe" else ():
-                for used, window in windows(sorted(entries), limit.seconds, 2 if vhost.count == "messages" else 1):
+                for used, window in windows(sorted(entries), limit.seconds):
                     self.counts["limits reached"] += used == limit.count
                     if used > limit.count:
                         self.say(account, f"{used} in {limit.text}: {window}")
@@ -570,10 +571,10 @@ class Reckoning:
             self.say("new", f"{stay} that stay, {self.found.left}")
 
 
-def windows(entries: list[Entry], seconds: int, amount: int) -> Iterator[tuple[int, list[Entry]]]:
-    """What lies in the interval of so many SECONDS up to each of ENTRIES; AMOUNT is which of its numbers is counted."""
+def windows(entries: list[tuple[float, int, str]], seconds: int) -> Iterator[tuple[int, list[tuple[float, int, str]]]]:
+    """What was used in the interval of so many SECONDS up to each of ENTRIES, which are when, how much and what; and these."""
     first = 0
-    for last, entry in enumerate(entries):
+    for last, entry in enumerate(entries, 1):
         while entries[first][0] <= entry[0] - seconds:
             first += 1
-        yield sum(each[amount] for each in entries[first : last + 1]), entries[first : last + 1]
+        yield sum(amount for _, amount, _ in entries[first:last]), entries[first:last]
