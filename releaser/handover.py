@@ -203,7 +203,17 @@ class HandOver:
 
     def _hold(self, batch: Batch, row: Row, reason: str) -> None:
         """S5 -> S7: its vhost was stopped while it waited for the MTA."""
-        row.state, row.reason, row.held_at, row.next_try = HELD, reason, utc(time.time()), None
+        row.reason, row.held_at = reason, utc(time.time())
+        try:
+            # The copy may have been made for more than those who still have to get it.
+            head, stream = mailqueue.read(layout.path(self._spool, "active", row.queue_id))
+            with stream:
+                mailqueue.replace(self._spool, "active", row.queue_id, verified(head, row, row.remaining).format(), stream)
+        except startup.UNREADABLE as error:
+            if isinstance(error, OSError) and self._room.lacks(error):
+                self.later(time.time() + MESSAGE_BACKOFF[0], row.queue_id)
+                return
+        row.state, row.next_try = HELD, None
         # Once released, it has all its time again.
         row.deferred_at = None
         batch.put(row)

@@ -1060,3 +1060,28 @@ def test_reload_while_the_ledger_has_no_room_leaves_no_reservation(
         work(engine, lambda: site.states() == ["done"], "it can")
         time.sleep(1.1)
         assert (used(engine), used_by_the_ledger(engine)) == (0, 0)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["room", "no-room"])
+def test_deferred_mail_that_is_held_names_those_who_have_not_got_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server, soon: None, full: bool
+) -> None:
+    """A large message was copied for two; one has it when its vhost is stopped. The held copy is for the other alone."""
+    server.answer = refusing(b"RCPT TO:<late@", b"451 later")
+    monkeypatch.setattr("releaser.room.PAUSE", 0.1)
+    site = Site(tmp_path, server.url)
+    site.put(to=("now@x.example", "late@x.example"), body=LARGE * ONE_MORE_MIB)
+    with site.started() as engine:
+        deferred(site, engine)
+        (row,) = site.ledger.rows("state = 'active'")
+        site.ledger.stop(A, "root", "broken into")
+        with once(monkeypatch, os, "fsync", errno.ENOSPC, lambda _: full) as failed:
+            engine._handover.later(0.0, row.queue_id)
+            work(engine, lambda: site.ls() == ["hold"] and site.states() == ["held"], "it is held")
+        assert len(failed) == full
+        head, stream = mailqueue.read(str(site.spool / "hold" / row.queue_id))
+        assert head.recipients == ("late@x.example",) and "broken into" in head.reason
+        with stream:
+            assert stream.read().endswith(LARGE * ONE_MORE_MIB)
+        events = [("released", "now@x.example"), ("deferred", "late@x.example"), ("held", "late@x.example")]
+        assert site.log("released", "deferred", "held") == events
