@@ -498,9 +498,7 @@ class Reckoning:
                 for queue in [queue for queue in ("hold", "trash", "failed") if queue in found.values()][:1]:
                     logged[queue, queue_id] = {recipient for recipient in found if found[recipient] == queue}
         for place in there.keys() | logged.keys():
-            # A copy made for all keeps the names of those who have got it meanwhile; the log tells them apart.
-            ended = {r for r, events in self.events[names.get(place[1], "")][place[1]].items() if events[-1] == "released"}
-            if there.get(place, set()) - ended != logged.get(place):
+            if there.get(place) != logged.get(place):
                 self.say(names.get(place[1], ""), f"{place} has {there.get(place)}, by the log {logged.get(place)}")
 
     def deliveries(self) -> None:
