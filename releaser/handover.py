@@ -170,7 +170,7 @@ class HandOver:
         row = self._ledger.row(queue_id)
         if row is None or row.state != ACTIVE or queue_id in self._flights:
             return
-        stopped = self.stopped(row) if row.decision != "release" else None
+        stopped = self.stopped(row) if row.decision != "release" and row.remaining else None
         if stopped is not None:
             self._hold(batch, row, stopped)
             return

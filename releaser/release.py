@@ -354,7 +354,8 @@ class Releaser:
                 # The unlink that the file system has prevented.
                 batch.then(partial(self._drops.remove, known, submitted))
                 return
-            stopped = self._handover.stopped(known)
+            # Of one of which all is said only the copy in failed/ is missing.
+            stopped = self._handover.stopped(known) if known.remaining else None
             if stopped is not None:
                 if (known.attempt_open or len(known.remaining) < known.recipients) and known.counted_at is None:
                     # Some have it, or may have it.

@@ -1085,3 +1085,24 @@ def test_deferred_mail_that_is_held_names_those_who_have_not_got_it(
             assert stream.read().endswith(LARGE * ONE_MORE_MIB)
         events = [("released", "now@x.example"), ("deferred", "late@x.example"), ("held", "late@x.example")]
         assert site.log("released", "deferred", "held") == events
+
+
+@pytest.mark.parametrize("first", ["refused", "deferred"])
+def test_stop_does_not_hold_what_the_mta_has_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server, soon: None, first: str
+) -> None:
+    """All is said of a message, there was no room for its copy in failed/, and its vhost is stopped: it still gets there."""
+    server.answer = first_time(b"RCPT", b"451 later") if first == "deferred" else refusing(b"RCPT", b"550 no")
+    site = Site(tmp_path, server.url)
+    site.put()
+    with site.started() as engine:
+        if first == "deferred":
+            deferred(site, engine)
+            server.answer = refusing(b"RCPT", b"550 no")
+        with once(monkeypatch, mailqueue, "store", errno.ENOSPC, lambda _spool, queue, *_: queue == "failed") as failed:
+            work(engine, lambda: failed and site.log("failed"), "it is refused, and there is no room")
+    assert site.states() == ["active"]
+    with site.started() as engine:
+        site.ledger.stop(A, "root", "broken into")
+        work(engine, lambda: site.ls() == ["failed"] and site.states() == ["failed"], "it is in failed/")
+    assert site.log("failed", "held") == [("failed", "r@x.example")]
