@@ -36,15 +36,17 @@ from test_e2e_room import fill, small
 from releaser import limits
 
 
-# Over which limit what happens, and what is counted. Seconds, so that each limit is reached again and again.
 @dataclass(frozen=True)
 class Vhost:
+    """What is counted, and what happens to mail over which limits; the user who has the vhost, if it has a maildrop."""
+
     limits: tuple[str, ...]
     over_limit: str = "hold"
     count: str = "recipients"
     user: str = ""
 
 
+# Of seconds, so that each is reached again and again.
 DEFAULT = ("6/3s", "20/15s")
 VHOSTS = {
     "www.hold.example": Vhost(("6/3s", "15/10s"), user="c1"),
@@ -67,8 +69,8 @@ CUSTOMERS = {
 PAUSE, LASTS, QUIET = 1.2, 6.0, 300.0
 # An MTA that stalls, in seconds, and how likely it misbehaves at each command while it is in the mood.
 STALL, MOODY = 2.5, 0.06
-# Behind a full disk the releaser may have to be started again.
-FULL = 10.0
+# So long behind the end of a full disk the releaser may still say that it could not start.
+FULL = 30.0
 # The part of a core that an idle releaser may use.
 IDLE = 0.3
 
