@@ -357,6 +357,10 @@ class Soak:
         warnings = [each for each in found["warnings"] if not usual.match(each)]
         if found["problems"] or warnings:
             self.problems.append(f"check: {found}")
+        # Of an enqueue that was killed there is a file in tmp/, for a day and a half.
+        leftover = [path for path in self.system.spool.glob("vhosts/*/tmp/*") if not path.name.startswith("refused.")]
+        if len(leftover) > sum(1 for each in self.told() if each.get("status", 0) < 0):
+            self.problems.append(f"left in tmp/: {leftover}")
         before, traceback, after = self.system.log().partition("Traceback")
         if traceback:
             self.problems.append(f"a traceback in the log: {before[-300:]}{traceback}{after[:3000]}")
@@ -560,13 +564,18 @@ class Reckoning:
                         self.say(account, f"{used} in {limit.text}: {window}")
 
     def junk(self) -> None:
-        """What was no message has been put aside, once, and what cannot be judged lies where it lay."""
+        """What was no message has been put aside, once, what cannot be judged lies where it lay, and no refusal is made up."""
         junk, stay = (sum(1 for each in self.found.told if each["act"] == act) for act in ("junk", "stays"))
         rows = sum(1 for row in self.found.ledger if row["event"] == "corrupt")
         self.counts.update(corrupt=rows)
         if not junk + self.counts["aside"] == rows == len(self.found.corrupt):
             words = f"{junk} made, {self.counts['aside']} more put aside, {rows} logged, {len(self.found.corrupt)} there"
             self.say("corrupt", words)
+        # Who is killed at the door may have been counted there.
+        refused = sum(1 for told in self.told.values() if told["status"] == os.EX_UNAVAILABLE or told["status"] < 0)
+        counted = sum(int(row["reason"].split()[0]) for row in self.found.ledger if row["event"] == "rejected")
+        if counted > refused:
+            self.say("rejected", f"{counted}, of {refused} that were refused")
         if len(self.found.left) != stay:
             self.say("new", f"{stay} that stay, {self.found.left}")
 

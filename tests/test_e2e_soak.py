@@ -35,6 +35,8 @@ def test_soak(soak: tuple[Soak, Evidence]) -> None:
     made, found = soak
     reckoning = Reckoning(found)
     print(dict(made.acts), dict(reckoning.counts))
+    # Or there would be nothing to reckon up.
+    assert all(reckoning.counts[each] for each in ("released", "held", "failed", "corrupt", "refused", "limits reached"))
     problems = made.problems + reckoning.problems
     assert not problems, f"SEED={SEED} MINUTES={MINUTES:g}: {len(problems)} problems\n" + "\n".join(problems[:20])
 
@@ -99,6 +101,11 @@ def release_by_nobody(found: Evidence) -> None:
     found.reviewed.clear()
 
 
+def refuse_more_than_came(found: Evidence) -> None:
+    row = next(row for row in found.ledger if row["event"] == "released")
+    found.ledger.append({**row, "event": "rejected", "queue_id": "", "reason": "100000 messages refused"})
+
+
 def put_aside_too_much(found: Evidence) -> None:
     found.corrupt.append(b"")
 
@@ -117,6 +124,7 @@ LIES: dict[Callable[[Evidence], None], str] = {
     log_in_one_place_only: "rows in the ledger",
     release_by_nobody: "nobody has released it",
     put_aside_too_much: "put aside",
+    refuse_more_than_came: "that were refused",
 }
 
 
