@@ -12,7 +12,7 @@ DOCUMENTATION = $(DESTDIR)$(PREFIX)/share/doc/php-secure-sendmail
 # As systemd spells the path of the spool.
 SPOOL_MOUNT = var-spool-php\x2dsecure\x2dsendmail.mount
 
-.PHONY: venv install uninstall run test test-quick fuzz lint lock clean
+.PHONY: venv install uninstall run test test-quick fuzz soak lint lock clean
 
 venv: .venv/runtime
 
@@ -93,6 +93,12 @@ fuzz: .venv/fuzz
 	mkdir -p var/fuzz/corpus
 	$(BIN)/python tests/fuzz.py var/fuzz/corpus -max_total_time=$$(($(MINUTES) * 60)) -max_len=8192 -timeout=10 -print_final_stats=1 \
 		-artifact_prefix=var/fuzz/
+
+# Random senders, attacks, kills and faults of all that is around, for so long, and then a reckoning of every mail. As root.
+# SEED is printed; the same one makes the same acts.
+soak: .venv/development
+	@bash tests/packages.sh
+	@SOAK_SEED=$(or $(SEED),random) SOAK_MINUTES=$(MINUTES) sh tests/mounts.sh $(BIN)/python -m pytest -s tests/test_e2e_soak.py
 
 .venv/fuzz: .venv/development requirements-fuzz.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-fuzz.lock

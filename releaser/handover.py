@@ -207,7 +207,7 @@ class HandOver:
         row = self._ledger.row(queue_id)
         if row is None or row.state != ACTIVE or queue_id in self._flights:
             return
-        stopped = self.stopped(row) if row.decision != "release" else None
+        stopped = self.stopped(row) if row.decision != "release" and row.remaining else None
         if stopped is not None:
             self._hold(batch, row, stopped)
             return
@@ -240,7 +240,17 @@ class HandOver:
 
     def _hold(self, batch: Batch, row: Row, reason: str) -> None:
         """S5 -> S7: its vhost was stopped while it waited for the MTA, or our own code fails at it."""
-        row.state, row.reason, row.held_at, row.next_try = HELD, reason, utc(time.time()), None
+        row.reason, row.held_at = reason, utc(time.time())
+        try:
+            # The copy may have been made for more than those who still have to get it.
+            head, stream = mailqueue.read(layout.path(self._spool, "active", row.queue_id))
+            with stream:
+                mailqueue.replace(self._spool, "active", row.queue_id, verified(head, row, row.remaining).format(), stream)
+        except startup.UNREADABLE as error:
+            if isinstance(error, OSError) and self._room.lacks(error):
+                self.later(self._now() + MESSAGE_BACKOFF[0], row.queue_id)
+                return
+        row.state, row.next_try = HELD, None
         # Once released, it has all its time again.
         row.deferred_at = None
         batch.put(row)

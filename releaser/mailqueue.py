@@ -1,6 +1,7 @@
 """The releaser's own directories: copies made whole or not at all, moved by rename, never changed. Rows: spool_layout.md."""
 
 import os
+import shutil
 import stat
 from collections.abc import Iterable
 from typing import BinaryIO
@@ -35,6 +36,22 @@ def store(spool: str, queue: str, queue_id: str, head: bytes, chunks: Iterable[b
                 os.unlink(path)
         raise
     return size, ascii_only
+
+
+def replace(spool: str, queue: str, queue_id: str, head: bytes, message: BinaryIO) -> None:
+    """Give QUEUE/QUEUE_ID another head; MESSAGE is read from where it is. Raises OSError, and then it is as it was."""
+    partial = layout.partial(spool, queue, queue_id)
+    try:
+        with open(partial, "wb") as stream:
+            stream.write(head)
+            shutil.copyfileobj(message, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.rename(partial, layout.path(spool, queue, queue_id))
+    except BaseException:
+        if os.path.exists(partial):
+            os.unlink(partial)
+        raise
 
 
 def read(path: str) -> tuple[envelope.Envelope, BinaryIO]:

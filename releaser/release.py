@@ -78,6 +78,8 @@ class Releaser:
         self._announced_size = 0
         # What the ledger has had no room for, in order: nothing else happens before.
         self._unwritten: list[Batch] = []
+        # Whether the ledger had no room since the accounts were built.
+        self._late = False
         self._decisions_wait = True
         self._next_scan = 0.0
 
@@ -268,8 +270,12 @@ class Releaser:
                 self._unwritten[0].commit()
             except (sqlite3.OperationalError, MemoryError) as error:
                 self._room.lacks(error)
+                self._late = True
                 return False
             self._unwritten.pop(0)
+        if self._late:
+            # An account that was built meanwhile knows only half of what was under way.
+            self._late, self._accounts = False, {}
         return True
 
     # The door.
@@ -382,7 +388,8 @@ class Releaser:
                 # The unlink that the file system has prevented.
                 batch.then(partial(self._drops.remove, known, submitted))
                 return
-            stopped = self._handover.stopped(known)
+            # Of one of which all is said only the copy in failed/ is missing.
+            stopped = self._handover.stopped(known) if known.remaining else None
             if stopped is not None:
                 if (known.attempt_open or len(known.remaining) < known.recipients) and known.counted_at is None:
                     # Some have it, or may have it.
@@ -610,8 +617,9 @@ class Releaser:
         decision, actor = row.decision or "", row.actor or ""
         row.executed_at = ledger.utc(time.time())
         batch.then(partial(startup.place, self._spool, row))
-        # What the MTA has refused is told to it again.
-        row.remaining, row.refused = row.concerned, []
+        if not row.remaining:
+            # What the MTA has refused is told to it again.
+            row.remaining, row.refused = row.concerned, []
         if decision == "release":
             row.deferred_at = None
             row.state, row.limited, row.next_try = ACTIVE, 0, self._now()

@@ -167,8 +167,13 @@ class Host:
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
+    @property
+    def started(self) -> bool:
+        """Whether there is a releaser whose end nobody has waited for."""
+        return bool(self._processes)
+
     def alive(self) -> bool:
-        return bool(self._processes) and self._processes[0].poll() is None
+        return self.started and self._processes[0].poll() is None
 
     def ended(self, timeout: float = PATIENCE) -> int:
         """Waits for the releaser's end; its exit status."""

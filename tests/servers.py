@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 HOST = "127.0.0.1"
 POSTFIX = Path(__file__).resolve().parent.parent / ".cache/debian/postfix"
@@ -519,14 +519,19 @@ class Scripted:
     What it answers with 2xx, or not at all, at the final dot it has taken.
     """
 
-    def __init__(self, answer: Answer = always_yes, greet: Callable[[], bytes | None] = lambda: YES) -> None:
+    def __init__(self, answer: Answer = always_yes, greet: Callable[[], bytes | None] = lambda: YES, port: int = 0) -> None:
         self.answer, self.greet = answer, greet
         self.messages: list[Message] = []
         self.commands: list[bytes] = []
         self.connections = 0
-        self._listener = socket.create_server((HOST, 0), backlog=100)
-        self.port: int = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
+        self.port = port
+        self.start()
+
+    def start(self) -> None:
+        """Listens, also again after close()."""
+        self._listener = socket.create_server((HOST, self.port), backlog=100)
+        self.port = int(self._listener.getsockname()[1])
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
 
     @property
     def url(self) -> str:
@@ -556,10 +561,10 @@ class Scripted:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         while True:
             try:
-                connection, _ = self._listener.accept()
+                connection, _ = listener.accept()
             except OSError:
                 return
             self.connections += 1
@@ -594,6 +599,94 @@ class Scripted:
             except OSError:
                 # The client has ended the connection.
                 pass
+
+
+@dataclass
+class Transaction:
+    """What a Recorder has seen from MAIL on, which it has answered. Times are seconds since 1970."""
+
+    sender: str
+    # Before MAIL was answered.
+    began: float
+    # Those that it has taken; when it had the final dot, if it has taken the message; and the message.
+    recipients: list[str] = field(default_factory=list)
+    taken: float = 0.0
+    data: bytes = b""
+    # Whether the client has been told so.
+    replied: bool = False
+
+
+class Recorder(Scripted):
+    """A mail server that keeps every transaction, and answers b"MAIL", b"RCPT", b"DATA" and b"." as `judge` says.
+
+    It is given the address of MAIL or RCPT, behind that MAIL's. close() ends the connections, too.
+    """
+
+    def __init__(self, judge: Callable[[bytes, str], bytes | None], port: int) -> None:
+        self.judge = judge
+        self.transactions: list[Transaction] = []
+        self._open: set[socket.socket] = set()
+        super().__init__(port=port)
+
+    def close(self) -> None:
+        super().close()
+        for connection in list(self._open):
+            _shut(connection, socket.SHUT_RDWR)
+
+    def _serve(self, connection: socket.socket) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._open.add(connection)
+        try:
+            with connection, connection.makefile("rb") as lines:
+                if _said(connection, b"220 test"):
+                    self._converse(connection, lines)
+        except OSError:
+            # The connection has been ended, by the client or by close().
+            pass
+        finally:
+            self._open.discard(connection)
+
+    def _converse(self, connection: socket.socket, lines: BinaryIO) -> None:
+        current = Transaction("", 0.0)
+        while line := lines.readline().strip():
+            verb, reply = line[:4].upper(), YES
+            if verb == b"MAIL":
+                sender = _split_path(line.decode().partition(":")[2])[0]
+                reply = self.judge(verb, sender)
+                current = Transaction(sender, time.time())
+            elif verb == b"RCPT":
+                recipient = _split_path(line.decode().partition(":")[2])[0]
+                reply = self.judge(verb, recipient)
+                if reply is YES:
+                    current.recipients.append(recipient)
+            elif verb == b"DATA":
+                reply = self.judge(verb, current.sender)
+                if reply is YES:
+                    connection.sendall(b"354 go on\r\n")
+                    if not self._take(current, lines):
+                        return
+                    received = time.time()
+                    reply = self.judge(b".", current.sender)
+                    if not reply or reply.startswith(b"2"):
+                        # What it does not answer it has taken all the same.
+                        current.taken = received
+            usual = b"250-test\r\n250 8BITMIME" if verb == b"EHLO" else b"250 ok"
+            if not _said(connection, usual if reply is YES else reply):
+                return
+            if verb == b"MAIL" and (reply is YES or not reply.startswith(b"421")):
+                self.transactions.append(current)
+            current.replied = bool(current.taken)
+
+    @staticmethod
+    def _take(current: Transaction, lines: BinaryIO) -> bool:
+        """Reads the message; whether it has come to its end."""
+        read = []
+        while (line := lines.readline()) != b".\r\n":
+            if not line.endswith(b"\n"):
+                return False
+            read.append(line[1:] if line.startswith(b".") else line)
+        current.data = b"".join(read)
+        return True
 
 
 def _said(connection: socket.socket, reply: bytes) -> bool:

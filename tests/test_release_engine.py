@@ -1007,3 +1007,102 @@ def test_stop_keeps_counted_what_was_sent(tmp_path: Path, monkeypatch: pytest.Mo
         (row,) = site.ledger.rows("state = 'held'")
         assert row.remaining == MANY[100:]
     assert [message.recipients for message in server.messages] == [MANY[:100]]
+
+
+def test_refused_recipients_are_kept_whatever_a_person_does_with_the_others(tmp_path: Path, server: Server) -> None:
+    """One is refused, the other deferred, then held by a stop and released: the message ends in failed/, for the first."""
+    answers = {b"RCPT TO:<bad@": b"550 no such user", b"RCPT TO:<late@": b"451 later"}
+    server.answer = lambda command: next((words for begin, words in answers.items() if command.startswith(begin)), YES)
+    site = Site(tmp_path, server.url)
+    site.put(to=("bad@x.example", "late@x.example"))
+    with site.started() as engine:
+        deferred(site, engine)
+        (row,) = site.ledger.rows("state = 'active'")
+        site.ledger.stop(A, "root", "broken into")
+        engine._handover.later(0.0, row.queue_id)
+        work(engine, lambda: site.states() == ["held"], "the other is held")
+        site.ledger.resume(A, "root", "")
+        del answers[b"RCPT TO:<late@"]
+        site.decide("release")
+        engine.scan()
+        work(engine, lambda: server.messages, "it is sent")
+        settle(engine)
+        assert (site.states(), site.ls()) == (["failed"], ["failed"])
+        (row,) = site.ledger.rows("state = 'failed'")
+        assert (row.remaining, [address for address, _ in row.refused]) == ([], ["bad@x.example"])
+    assert server.copies == {"late@x.example": 1}
+    assert sorted(site.log("failed", "released")) == [("failed", "bad@x.example"), ("released", "late@x.example")]
+
+
+def test_reload_while_the_ledger_has_no_room_leaves_no_reservation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server
+) -> None:
+    """What was confirmed before it could be written down counts once behind a reload, and no longer than its window."""
+    site = Site(tmp_path, server.url, "1/1s")
+    put, full = Ledger.put, [False]
+
+    def no_room(book: Ledger, row: Any) -> None:
+        if full[0]:
+            raise sqlite3.OperationalError("database or disk is full")
+        put(book, row)
+
+    monkeypatch.setattr(Ledger, "put", no_room)
+    monkeypatch.setattr(release, "PAUSE", 0.1)
+    monkeypatch.setattr("releaser.room.PAUSE", 0.1)
+    site.put()
+    with site.started() as engine:
+        work(engine, lambda: engine._handover.in_flight, "it is with the MTA")
+        full[0] = True
+        work(engine, lambda: engine._unwritten, "the outcome cannot be written")
+        engine.reload(site.load())
+        assert used(engine) == 1
+        full[0] = False
+        work(engine, lambda: site.states() == ["done"], "it can")
+        time.sleep(1.1)
+        assert (used(engine), used_by_the_ledger(engine)) == (0, 0)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["room", "no-room"])
+def test_deferred_mail_that_is_held_names_those_who_have_not_got_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server, soon: None, full: bool
+) -> None:
+    """A large message was copied for two; one has it when its vhost is stopped. The held copy is for the other alone."""
+    server.answer = refusing(b"RCPT TO:<late@", b"451 later")
+    monkeypatch.setattr("releaser.room.PAUSE", 0.1)
+    site = Site(tmp_path, server.url)
+    site.put(to=("now@x.example", "late@x.example"), body=LARGE * ONE_MORE_MIB)
+    with site.started() as engine:
+        deferred(site, engine)
+        (row,) = site.ledger.rows("state = 'active'")
+        site.ledger.stop(A, "root", "broken into")
+        with once(monkeypatch, os, "fsync", errno.ENOSPC, lambda _: full) as failed:
+            engine._handover.later(0.0, row.queue_id)
+            work(engine, lambda: site.ls() == ["hold"] and site.states() == ["held"], "it is held")
+        assert len(failed) == full
+        head, stream = mailqueue.read(str(site.spool / "hold" / row.queue_id))
+        assert head.recipients == ("late@x.example",) and "broken into" in head.reason
+        with stream:
+            assert stream.read().endswith(LARGE * ONE_MORE_MIB)
+        events = [("released", "now@x.example"), ("deferred", "late@x.example"), ("held", "late@x.example")]
+        assert site.log("released", "deferred", "held") == events
+
+
+@pytest.mark.parametrize("first", ["refused", "deferred"])
+def test_stop_does_not_hold_what_the_mta_has_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server, soon: None, first: str
+) -> None:
+    """All is said of a message, there was no room for its copy in failed/, and its vhost is stopped: it still gets there."""
+    server.answer = first_time(b"RCPT", b"451 later") if first == "deferred" else refusing(b"RCPT", b"550 no")
+    site = Site(tmp_path, server.url)
+    site.put()
+    with site.started() as engine:
+        if first == "deferred":
+            deferred(site, engine)
+            server.answer = refusing(b"RCPT", b"550 no")
+        with once(monkeypatch, mailqueue, "store", errno.ENOSPC, lambda _spool, queue, *_: queue == "failed") as failed:
+            work(engine, lambda: failed and site.log("failed"), "it is refused, and there is no room")
+    assert site.states() == ["active"]
+    with site.started() as engine:
+        site.ledger.stop(A, "root", "broken into")
+        work(engine, lambda: site.ls() == ["failed"] and site.states() == ["failed"], "it is in failed/")
+    assert site.log("failed", "held") == [("failed", "r@x.example")]

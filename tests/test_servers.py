@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from servers import HOST, LIBRARIES, POSTFIX, Postfix, Sink, Wire, free_port, wait_until
+from servers import HANG_UP, HOST, LIBRARIES, POSTFIX, YES, Postfix, Recorder, Sink, Wire, free_port, wait_until
 
 pytestmark = pytest.mark.server
 
@@ -271,3 +271,24 @@ def test_sink_refuses(options: list[str], error: type[Exception], code: str, sho
         assert code in str(refusal.value)
         assert len(sink.messages()) == shown
         assert [message.reply[:3] for message in wire.messages()] == [code] * shown
+
+
+def test_recorder_keeps_what_it_has_answered() -> None:
+    """Also a message whose final dot it does not answer; not one that it refuses, nor a MAIL that it hangs up on."""
+    plan: dict[bytes, bytes | None] = {}
+    recorder = Recorder(lambda verb, address: b"550 no" if address.startswith("two@") else plan.get(verb, YES), free_port())
+    for verb, answer in ((b".", YES), (b".", HANG_UP), (b".", b"451 later"), (b"MAIL", HANG_UP), (b"MAIL", b"421 bye")):
+        plan = {verb: answer}
+        try:
+            send(recorder.port, b".Subject: one\r\n")
+        except smtplib.SMTPException:
+            pass
+        # The same port again.
+        recorder.close()
+        assert not answers(recorder.port)
+        recorder.start()
+    recorder.close()
+    first, second, third = recorder.transactions
+    assert (first.sender, first.recipients, first.data) == (SENDER, RECIPIENTS[:1], b".Subject: one\r\n")
+    assert 0 < first.began <= first.taken <= second.began <= second.taken <= third.began
+    assert [(bool(each.taken), each.replied) for each in recorder.transactions] == [(True, True), (True, False), (False, False)]
