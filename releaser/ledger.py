@@ -10,7 +10,7 @@ import os
 import socket
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
@@ -636,12 +636,9 @@ class Ledger:
         sql = f"SELECT vhost, count(*) FROM message WHERE state = 'held' AND {UNFINISHED} GROUP BY vhost"
         return {found[0]: found[1] for found in self._db.execute(sql)}
 
-    def log_rows(self, where: str, values: list[object], last: int | None) -> Iterator[dict[str, Any]]:
-        """Rows of mail_log that the SQL condition WHERE picks, oldest first; only the LAST so many where given."""
-        inner = f"SELECT {', '.join(LOG_COLUMNS)} FROM mail_log WHERE {where} ORDER BY seq"
-        if last is not None:
-            inner = f"SELECT * FROM ({inner} DESC LIMIT {int(last)}) ORDER BY seq"
-        for found in self._db.execute(inner, values):
+    def select(self, sql: str, values: Sequence[object]) -> Iterator[dict[str, Any]]:
+        """The rows that SQL picks, one by one."""
+        for found in self._db.execute(sql, values):
             yield dict(found)
 
 

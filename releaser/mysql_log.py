@@ -10,10 +10,11 @@ import ssl
 import stat
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pymysql
+import pymysql.cursors
 
 from releaser import errorlog, maillog
 from releaser.config import Mysql
@@ -288,6 +289,16 @@ def _all(connection: Any, sql: str, *values: object) -> list[tuple[Any, ...]]:
     with connection.cursor() as cursor:
         cursor.execute(sql, values)
         return list(cursor.fetchall())
+
+
+def select(connection: Any, sql: str, values: Sequence[object]) -> Iterator[dict[str, Any]]:
+    """The rows that SQL picks, as they come: there may be millions. Raises LogError."""
+    try:
+        with connection.cursor(pymysql.cursors.SSDictCursor) as cursor:
+            cursor.execute(sql, tuple(values))
+            yield from cursor.fetchall_unbuffered()
+    except pymysql.MySQLError as error:
+        raise LogError(words(error)) from None
 
 
 def _one(connection: Any, sql: str, *values: object) -> Any:
