@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from releaser import mysql_log
 from releaser.config import Mysql
 from releaser.ledger import LOG_COLUMNS, Ledger, utc
+from releaser.privacy import FORGOTTEN
 
 # What tells of mail that someone has sent, among the events of the log.
 OF_MAIL = ("released", "held", "deferred", "failed", "unknown")
@@ -64,6 +65,10 @@ class InMysql:
 
     def time(self, stamp: float) -> str:
         return utc(stamp).replace("T", " ").removesuffix("Z")
+
+    def forget(self, address: str, hashed: str) -> int:
+        """Forget who ADDRESS is; return the number of rows. Raises LogError."""
+        return mysql_log.forget(self._connection, address, hashed, FORGOTTEN)
 
     def select(self, sql: str, values: Sequence[object]) -> Iterator[dict[str, Any]]:
         for found in mysql_log.select(self._connection, sql.replace("?", "%s"), values):

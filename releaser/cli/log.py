@@ -27,6 +27,8 @@ SHOWN = [
 PAGE, TRACED = 100, 10
 # Seconds between looks for new rows.
 FOLLOW = 1
+# Seconds that rows on their way to MySQL have to arrive.
+PATIENCE = 30
 DAY = 86400
 BY = ("vhost", "script", "sender", "domain", "recipient")
 
@@ -74,7 +76,7 @@ def log_show(
         _follow(context, chosen, event, last, _line(as_csv, as_json))
         return
     source = _source(context, wanted)
-    condition, values = chosen.log_condition(source, event)
+    condition, values = chosen.log_condition(source, context.ledger.privacy.hashed, event)
     # A program wants all, a person does not.
     if last is None and (page is not None or not (as_json or as_csv or chosen.everything)):
         last = PAGE
@@ -105,7 +107,7 @@ def _follow(
     context: Context, chosen: Filters, event: str | None, last: int | None, write: Callable[[dict[str, Any]], None]
 ) -> None:
     source = InLedger(context.ledger)
-    condition, values = chosen.log_condition(source, event)
+    condition, values = chosen.log_condition(source, context.ledger.privacy.hashed, event)
     shown = 0
     rows = logbook.newest(source, condition, values, last or 10)
     try:
@@ -140,6 +142,39 @@ def _cell(value: object) -> object:
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "'")) else text
 
 
+@log_.command("forget")
+@click.argument("address")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@pass_context
+def log_forget(context: Context, address: str, yes: bool) -> None:
+    """Take a recipient's or sender's ADDRESS out of the log, for good.
+
+    Its rows stay, with (forgotten) in its place and without a subject: in the ledger, in what waits for MySQL, and in MySQL.
+    Mail to or from it that still lies here is named, and stays.
+    """
+    if "@" not in address:
+        raise click.UsageError(f"{address[:80]!r} is not an address")
+    if not yes:
+        if not sys.stdin.isatty():
+            raise click.UsageError("without a terminal, this log forget needs --yes")
+        click.confirm(f"forget {address} in the log?", abort=True)
+    book, server = context.ledger, context.config.mysql
+    count = book.forget(address)
+    if server is not None:
+        # What was on its way meanwhile has arrived by then.
+        until = time.monotonic() + PATIENCE
+        while book.outbox() and context.running and time.monotonic() < until:
+            time.sleep(0.1)
+        try:
+            count = max(count, InMysql(server).forget(address, book.privacy.hashed(address)))
+        except LogError as error:
+            raise Failed(f"MySQL: {error}; it is forgotten in the ledger alone, run this again") from None
+    output.say(f"forgotten in {count} row{'' if count == 1 else 's'} of the log")
+    here = book.lies_here(address)
+    if here:
+        output.say(f"mail to or from {address} still lies here, hold delete removes it: {' '.join(here)}")
+
+
 @click.command()
 @click.option(
     "--by", type=click.Choice(BY), default="vhost", show_default=True, help="What is counted for; domain: of the recipients."
@@ -155,7 +190,7 @@ def top(context: Context, by: str, chosen: Filters, most: int, wanted: str | Non
     MESSAGES are counted once; RELEASED, HELD and FAILED are recipients.
     """
     source = _source(context, wanted)
-    condition, values = chosen.log_condition(source)
+    condition, values = chosen.log_condition(source, context.ledger.privacy.hashed)
     if chosen.since is None and chosen.until is None and not chosen.everything:
         condition, values = f"{condition} AND logged_at >= ?", [*values, source.time(time.time() - DAY)]
     try:
@@ -187,7 +222,7 @@ def trace(context: Context, what: str, last: int, wanted: str | None, as_json: b
     """
     source = _source(context, wanted)
     try:
-        ids = _messages(source, what, last)
+        ids = _messages(source, what, context.ledger.privacy.hashed(what), last)
         rows = _rows_of(source, ids)
     except LogError as error:
         raise Failed(f"MySQL: {error}") from None
@@ -212,19 +247,19 @@ def trace(context: Context, what: str, last: int, wanted: str | None, as_json: b
         output.say(f"from {source.name}{more}")
 
 
-def _messages(source: Source, what: str, most: int) -> list[str]:
-    """The queue ids of the last MOST messages that WHAT means, oldest first."""
+def _messages(source: Source, what: str, hashed: str, most: int) -> list[str]:
+    """The queue ids of the last MOST messages that WHAT, or HASHED in its place, means, oldest first."""
     if layout.is_queue_id(what):
-        conditions = [("queue_id = ?", what)]
+        conditions = [("queue_id = ?", [what])]
     elif what.startswith("<"):
-        conditions = [("message_id = ?", what)]
+        conditions = [("message_id = ?", [what])]
     elif "@" in what:
-        conditions = [("lower(recipient) = ?", what.lower()), ("message_id = ?", f"<{what}>")]
+        conditions = [("(lower(recipient) = ? OR recipient = ?)", [what.lower(), hashed]), ("message_id = ?", [f"<{what}>"])]
     else:
-        conditions = [("mta_queue_id = ?", what)]
-    for condition, value in conditions:
-        sql = f"SELECT queue_id, max(logged_at) AS latest FROM mail_log WHERE {condition} AND queue_id <> '' GROUP BY queue_id "
-        found = list(source.select(f"{sql} ORDER BY latest DESC LIMIT ?", [value, most]))
+        conditions = [("mta_queue_id = ?", [what])]
+    for condition, values in conditions:
+        sql = f"SELECT queue_id, max(logged_at) AS latest FROM mail_log WHERE {condition} AND queue_id <> '' GROUP BY queue_id"
+        found = list(source.select(f"{sql} ORDER BY latest DESC LIMIT ?", [*values, most]))
         if found:
             return [row["queue_id"] for row in found][::-1]
     return []

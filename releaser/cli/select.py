@@ -36,8 +36,8 @@ class Filters:
         texts = (self.vhost, self.sender, self.recipient, self.script, self.reason)
         return any(text is not None for text in (*texts, self.since, self.until))
 
-    def log_condition(self, source: Source, event: str | None = None) -> tuple[str, list[object]]:
-        """The SQL condition on rows of the log, for SOURCE, and its values."""
+    def log_condition(self, source: Source, hashed: Callable[[str], str], event: str | None = None) -> tuple[str, list[object]]:
+        """The SQL condition on rows of the log, for SOURCE, and its values; HASHED gives what may stand for a recipient."""
         parts, values = ["1 = 1"], list[object]()
         if self.ids:
             parts.append(f"queue_id IN ({', '.join('?' * len(self.ids))})")
@@ -55,6 +55,9 @@ class Filters:
             if inside or "*" in text or "?" in text:
                 parts.append(f"lower({column}) LIKE ? ESCAPE '!'")
                 values.append(like(text, inside))
+            elif column == "recipient":
+                parts.append("(lower(recipient) = ? OR recipient = ?)")
+                values += [text.lower(), hashed(text)]
             else:
                 # Names of vhosts and events are in lower case as they are.
                 parts.append(f"{column if column in ('vhost', 'event') else f'lower({column})'} = ?")
