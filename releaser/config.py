@@ -196,6 +196,8 @@ SECTIONS: dict[str, dict[str, Key]] = {
     },
     "log": {
         "error_log": Key(_file, None),
+        "log_subject": Key(_one_of(("plain", "none")), "plain"),
+        "log_recipients": Key(_one_of(("plain", "hash")), "plain"),
     },
 }
 
@@ -290,6 +292,9 @@ class Config:
     complaints_header: str
     complaints_to: str
     error_log: str | None
+    # Whether the log has them as they are.
+    log_subject: bool
+    log_recipients: bool
     # Of a uid that several vhosts share, together.
     shared_uid: tuple[limits.Limit, ...] | None
     # Bytes; 0: the file system is not looked at.
@@ -419,6 +424,8 @@ def load(file: str) -> Config:
         complaints_header=tag["complaints_header"],
         complaints_to=tag["complaints_to"].replace("HOSTNAME", os.uname().nodename),
         error_log=sections["log"]["error_log"],
+        log_subject=sections["log"]["log_subject"] == "plain",
+        log_recipients=sections["log"]["log_recipients"] == "plain",
         shared_uid=sections["limits"]["shared_uid"],
         min_free=sections["limits"]["min_free"],
         notify=sections["limits"]["notify"],

@@ -10,12 +10,13 @@ import os
 import socket
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
 from releaser.clock import Clock
+from releaser.privacy import FORGOTTEN, Privacy
 from releaser.visible import visible
 
 FILE = "ledger.sqlite"
@@ -300,11 +301,12 @@ class Ledger:
             self._open(path)
         except sqlite3.Error as error:
             raise LedgerError(f"{path}: {error}") from None
-        self.node = str(self._db.execute("SELECT value FROM meta WHERE key = 'node'").fetchone()[0])
-        found = self._db.execute("SELECT value FROM meta WHERE key = 'clock'").fetchone()
+        self.node = self._meta("node")
         # What the stamps of windows, retries and incidents are measured by.
-        self.clock = Clock(str(found[0]) if found else "")
+        self.clock = Clock(self._meta("clock"))
         self._host = socket.gethostname()
+        # What the log keeps; whoever writes says so.
+        self.privacy = Privacy(bytes.fromhex(self._meta("privacy_key")))
 
     def _open(self, path: str) -> None:
         found = self._db.execute("PRAGMA user_version").fetchone()[0]
@@ -314,9 +316,10 @@ class Ledger:
             if found:
                 self._keep(path, found)
             node = f"INSERT INTO meta VALUES ('node', '{os.urandom(8).hex()}');" if not found else ""
+            key = f"INSERT OR IGNORE INTO meta VALUES ('privacy_key', '{os.urandom(32).hex()}');"
             try:
                 self._db.executescript(
-                    f"BEGIN IMMEDIATE; {''.join(SCHEMAS[found:])} {node} PRAGMA user_version = {VERSION}; COMMIT;"
+                    f"BEGIN IMMEDIATE; {''.join(SCHEMAS[found:])} {node} {key} PRAGMA user_version = {VERSION}; COMMIT;"
                 )
             except sqlite3.OperationalError:
                 # Another process has made it in this moment.
@@ -332,6 +335,10 @@ class Ledger:
             self._db.backup(target)
         os.chmod(f"{kept}.new", 0o600)
         os.replace(f"{kept}.new", kept)
+
+    def _meta(self, key: str) -> str:
+        found = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return str(found[0]) if found else ""
 
     def close(self) -> None:
         self._db.close()
@@ -373,19 +380,55 @@ class Ledger:
     def log(self, event: str, row: Row, now: float, recipients: Iterable[tuple[str, str, str]], actor: str = "") -> None:
         """A log row per recipient; RECIPIENTS are (recipient, reason, MTA queue id)."""
         columns = [name for name in LOG_COLUMNS if name != "seq"]
-        # People read these in MySQL with whatever they have.
-        message_id, subject, script, cwd = map(visible, (row.message_id, row.subject, row.script, row.cwd))
-        self._db.executemany(
-            f"INSERT INTO mail_log ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
-            [
+        written = []
+        for recipient, reason, mta_queue_id in recipients:
+            recipient, reason, subject = self.privacy.row(recipient, reason, row.subject)
+            # People read these in MySQL with whatever they have.
+            texts = map(visible, (row.message_id, subject, row.script, row.cwd, reason, actor))
+            message_id, subject, script, cwd, reason, by = texts
+            written.append(
                 (
                     self.node, self._host, utc(now), row.arrived_at, event, row.queue_id, message_id, row.vhost, row.uid,
-                    row.verified, row.sender, recipient, row.size, subject, script, cwd, visible(reason), mta_queue_id,
-                    visible(actor),
+                    row.verified, row.sender, recipient, row.size, subject, script, cwd, reason, mta_queue_id, by,
                 )
-                for recipient, reason, mta_queue_id in recipients
-            ],
-        )  # fmt: skip
+            )  # fmt: skip
+        self._db.executemany(f"INSERT INTO mail_log ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})", written)
+
+    def forget(self, address: str) -> int:
+        """Forget who ADDRESS is in the log and in what has ended; return the number of log rows. In small transactions."""
+        whose = (address.lower(), self.privacy.hashed(address))
+        changed = 0
+        for column in ("recipient", "sender"):
+            sql = (
+                f"UPDATE mail_log SET {column} = ?, subject = '', "
+                "reason = CASE WHEN instr(lower(reason), ?) THEN '' ELSE reason END "
+                f"WHERE seq IN (SELECT seq FROM mail_log WHERE lower({column}) = ? OR {column} = ? LIMIT 500)"
+            )
+            while True:
+                with self.transaction():
+                    count = self._db.execute(sql, (FORGOTTEN, whose[0], *whose)).rowcount
+                changed += count
+                if count < 500:
+                    break
+        with self.transaction():
+            ended = "state IN ('done', 'unknown')"
+            sql = f"UPDATE message SET sender = ?, subject = '' WHERE {ended} AND lower(sender) = ?"
+            self._db.execute(sql, (FORGOTTEN, whose[0]))
+            for table_column in ("remaining", "refused"):
+                self._db.execute(
+                    f"UPDATE message SET {table_column} = '[]', subject = '' WHERE {ended} AND instr(lower({table_column}), ?)",
+                    (json.dumps(whose[0]),),
+                )
+        return changed
+
+    def lies_here(self, address: str) -> list[str]:
+        """Messages to or from ADDRESS that are in one of our directories, which are not forgotten."""
+        sql = (
+            f"SELECT queue_id FROM message WHERE {UNFINISHED} AND (lower(sender) = ? OR instr(lower(remaining), ?) OR "
+            "instr(lower(refused), ?)) ORDER BY queue_id"
+        )
+        quoted = json.dumps(address.lower())
+        return [found[0] for found in self._db.execute(sql, (address.lower(), quoted, quoted))]
 
     # What the daemon reads.
 
@@ -636,12 +679,9 @@ class Ledger:
         sql = f"SELECT vhost, count(*) FROM message WHERE state = 'held' AND {UNFINISHED} GROUP BY vhost"
         return {found[0]: found[1] for found in self._db.execute(sql)}
 
-    def log_rows(self, where: str, values: list[object], last: int | None) -> Iterator[dict[str, Any]]:
-        """Rows of mail_log that the SQL condition WHERE picks, oldest first; only the LAST so many where given."""
-        inner = f"SELECT {', '.join(LOG_COLUMNS)} FROM mail_log WHERE {where} ORDER BY seq"
-        if last is not None:
-            inner = f"SELECT * FROM ({inner} DESC LIMIT {int(last)}) ORDER BY seq"
-        for found in self._db.execute(inner, values):
+    def select(self, sql: str, values: Sequence[object]) -> Iterator[dict[str, Any]]:
+        """The rows that SQL picks, one by one."""
+        for found in self._db.execute(sql, values):
             yield dict(found)
 
 

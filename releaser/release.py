@@ -11,6 +11,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 from releaser import (
@@ -60,6 +61,7 @@ class Releaser:
         self.config = config
         self._private = private
         self._ledger = book
+        self._use_privacy()
         self._now = book.clock.now
         self._spool = config.spool
         # By vhost, and by uid where several names share one.
@@ -150,6 +152,7 @@ class Releaser:
         if config.mta_url != self.config.mta_url:
             self._handover.use(config.mta_url)
         self.config = config
+        self._use_privacy()
         self._handover.give_up = config.give_up
         known = {(name if name in self._drops else layout.UNREGISTERED, name) for name in self._accounts if isinstance(name, str)}
         self._accounts = {}
@@ -205,6 +208,10 @@ class Releaser:
                 first, second = second, first
             first(batch)
             second(batch)
+
+    def _use_privacy(self) -> None:
+        config = self.config
+        self._ledger.privacy = replace(self._ledger.privacy, subject=config.log_subject, recipients=config.log_recipients)
 
     @property
     def vhosts(self) -> int:

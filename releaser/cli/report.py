@@ -10,7 +10,6 @@ import click
 from releaser import mysql_log, policy, usage
 from releaser.cli import output
 from releaser.cli.context import Context, Failed, json_option, pass_context
-from releaser.cli.select import Filters, filters
 from releaser.cli.vhost import queued
 from releaser.config import uid_of
 from releaser.ledger import ACTIVE, CORRUPT, FAILED, HELD, utc
@@ -129,38 +128,6 @@ def log_() -> None:
 
     `show` need not be named: `log --vhost V` is `log show --vhost V`; `log show --help` has the filters.
     """
-
-
-@log_.command("show")
-@filters
-@click.option("--event", metavar="NAME", help="Only this event: released, held, deferred, failed, deleted, …")
-@click.option("--last", type=click.IntRange(1, 10**9), metavar="N", help="Only the last N rows.")
-@json_option
-@pass_context
-def log_show(context: Context, chosen: Filters, event: str | None, last: int | None, as_json: bool) -> None:
-    """A row per event and recipient. Oldest first, from the ledger."""
-    condition, values = chosen.condition("logged_at", "lower(recipient) GLOB ?")
-    if event is not None:
-        condition += " AND event = ?"
-        values.append(event)
-    rows = list(context.ledger.log_rows(condition, values, last))
-    if as_json:
-        output.as_json(rows)
-        return
-    columns = [
-        "logged_at",
-        "event",
-        "queue_id",
-        "vhost",
-        "sender",
-        "recipient",
-        "subject",
-        "script",
-        "reason",
-        "mta_queue_id",
-        "actor",
-    ]
-    output.table([name.upper() for name in columns], ([row[name] for name in columns] for row in rows), "nothing is logged")
 
 
 @log_.command("init")
