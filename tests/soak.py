@@ -384,7 +384,7 @@ class Soak:
         spool = self.system.spool
         copies = {name: {path.name: recipients(path) for path in (spool / name).iterdir()} for name in set(PLACES.values())}
         corrupt = [path.read_bytes() if stat.S_ISREG(path.lstat().st_mode) else b"" for path in (spool / "corrupt").iterdir()]
-        ledger, mysql = self.system.json("log"), rows_of(self.server)
+        ledger, mysql = self.system.json("log", "--source", "ledger"), rows_of(self.server)
         return Evidence(
             self.told(), self.mta.transactions, ledger, mysql, copies, corrupt, names(self.system), self.ends, dict(self.reviewed)
         )
