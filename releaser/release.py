@@ -299,10 +299,12 @@ class Releaser:
         """Write down what enqueue says that it has refused, as the claim that it is."""
         batch, limits_lately = Batch(self._ledger), self._door.limits_lately
         self._door.limits_lately = {}
-        for name, (number, uid) in self._door.refused(self._drops).items():
-            reason = f"{number} message{'' if number == 1 else 's'} refused at the door, as enqueue has counted"
-            row = ledger.about(name, time.time(), reason, uid, int(name != layout.UNREGISTERED))
-            batch.log("rejected", row, [("", reason, "")])
+        for name, counts in self._door.refused(self._drops).items():
+            for uid, count in counts.items():
+                reason = f"{count} message{'' if count == 1 else 's'} refused at the door, as enqueue has counted"
+                row = ledger.about(name, time.time(), reason, uid, int(name != layout.UNREGISTERED))
+                batch.log("rejected", row, [("", reason, "")])
+            number = sum(counts.values())
             LOG.warning(maillog.rejected(name, number))
             limit = limits_lately.get((name, name))
             if limit is not None:
