@@ -336,7 +336,8 @@ class Releaser:
             except ShutOut:
                 self._drops.shut_out(vhost, name)
             except pickup.NotYet as error:
-                self._drops.leave(vhost, name, str(error))
+                if not self._drops.remove_name(vhost, name):
+                    self._drops.leave(vhost, name, str(error))
             except sqlite3.OperationalError as error:
                 self._room.lacks(error)
                 self._drops.give_back(vhost, name)
@@ -373,7 +374,8 @@ class Releaser:
         except FileNotFoundError:
             return
         except pickup.Corrupt as error:
-            self._corrupt(batch, vhost, name, str(error))
+            if not self._drops.remove_name(vhost, name):
+                self._corrupt(batch, vhost, name, str(error))
             return
         self._drops.take(vhost, name)
         try:

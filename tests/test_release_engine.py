@@ -23,7 +23,7 @@ from host import Host, text
 from servers import HANG_UP, YES, Answer, always_yes
 from servers import Scripted as Server
 
-from releaser import config, handover, layout, mailqueue, pickup, policy, release, usage
+from releaser import config, handover, layout, maildrops, mailqueue, pickup, policy, release, usage
 from releaser.batch import Batch
 from releaser.cli.main import run
 from releaser.ledger import CORRUPT, HELD, Ledger
@@ -1106,3 +1106,26 @@ def test_stop_does_not_hold_what_the_mta_has_refused(
         site.ledger.stop(A, "root", "broken into")
         work(engine, lambda: site.ls() == ["failed"] and site.states() == ["failed"], "it is in failed/")
     assert site.log("failed", "held") == [("failed", "r@x.example")]
+
+
+def test_leftovers_are_removed_a_little_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
+    """However many lie in tmp/, and whatever comes and goes there, a scan goes on with them for an instant, the next too."""
+    site = Site(tmp_path, server.url)
+    for number in range(20):
+        (site.spool / "vhosts" / A / f"tmp/old{number}").touch()
+    monkeypatch.setattr(layout, "TMP_MAX_AGE", -60)
+    monkeypatch.setattr(maildrops, "CLEANING_SECONDS", -1)
+    with site.started() as engine:
+        assert len(site.ls()) == 19
+        while len(site.ls()) > 10:
+            engine.scan()
+        for path in (site.spool / "vhosts" / A / "tmp").iterdir():
+            # Seen by now, and gone before its turn.
+            path.unlink()
+            (path.parent / f"{path.name}.later").touch()
+        (site.spool / "vhosts" / A / "tmp/last").touch()
+        monkeypatch.setattr(maildrops, "CLEANING_SECONDS", 10)
+        engine.scan()
+        engine._drops._next_cleaning = 0
+        engine.scan()
+        assert site.ls() == []
