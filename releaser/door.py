@@ -64,7 +64,10 @@ class Door:
             for key in _keys(maildrop, vhost, uid):
                 kept = self._kept.get(key, (0, 0))
                 self._kept[key] = kept[0] + count, kept[1] + size
-        for key in {*self._kept, *self._full}:
+        least, least_bytes = self.config.least_caps
+        # Names can be made up: most have nothing that is worth a look at their settings.
+        near = {key for key, (count, size) in self._kept.items() if count >= least or size >= least_bytes}
+        for key in near.union(self._full):
             self._judge(key)
 
     def add(self, row: Row, times: int = 1) -> None:

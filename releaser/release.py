@@ -44,6 +44,8 @@ ROUND = 100
 ROUND_SECONDS = 0.05
 # Seconds to make what the MTA has said last durable, at the end, where there is no room.
 LAST_TRIES = 30
+# Accounts that are kept in memory from scan to scan.
+MOST_ACCOUNTS = 20_000
 # Incidents at once of vhosts that nobody has configured.
 MADE_UP = 50
 
@@ -105,6 +107,9 @@ class Releaser:
             self._scan()
 
     def _scan(self) -> None:
+        if len(self._accounts) > MOST_ACCOUNTS:
+            # Names can be made up without end. The ledger has all that they know.
+            self._accounts = {}
         self._door.look_at_room()
         self._door.load()
         self.look()

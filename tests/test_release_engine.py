@@ -1129,3 +1129,29 @@ def test_leftovers_are_removed_a_little_at_a_time(tmp_path: Path, monkeypatch: p
         engine._drops._next_cleaning = 0
         engine.scan()
         assert site.ls() == []
+
+
+def test_accounts_that_are_forgotten_loosen_no_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
+    """Memory has a few of them at a time: what was sent, and what is with the MTA, counts all the same."""
+    monkeypatch.setattr(release, "MOST_ACCOUNTS", 1)
+    monkeypatch.setattr(config, "MOST_FOUND", 1)
+    vhosts = (A, B, C)
+    waiting = threading.Event()
+    server.answer = lambda _: YES if waiting.wait(8) else None
+    site = Site(tmp_path, server.url, default="2/1h", vhosts=vhosts)
+    with site.started() as engine:
+        for vhost in vhosts:
+            site.put(vhost)
+        engine.scan()
+        work(engine, lambda: engine._handover.in_flight, "some are with the MTA")
+        for _ in range(3):
+            for vhost in vhosts:
+                site.put(vhost)
+            engine.scan()
+            engine.step()
+            assert len(engine._accounts) <= len(vhosts)
+        waiting.set()
+        settle(engine)
+        engine.scan()
+        settle(engine)
+        assert site.states() == ["done"] * 6 + ["held"] * 6 and len(server.messages) == 6
