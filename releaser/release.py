@@ -44,6 +44,9 @@ ROUND = 100
 ROUND_SECONDS = 0.05
 # Seconds to make what the MTA has said last durable, at the end, where there is no room.
 LAST_TRIES = 30
+# Seconds after which the ledger is told the time, also where nothing else is written: by that it sees that the machine was
+# started anew.
+KEEPING = 3600
 # Accounts that are kept in memory from scan to scan.
 MOST_ACCOUNTS = 20_000
 # Incidents at once of vhosts that nobody has configured.
@@ -84,6 +87,7 @@ class Releaser:
         self._late = False
         self._decisions_wait = True
         self._next_scan = 0.0
+        self._next_keeping = self._now() + KEEPING
 
     # What the daemon calls.
 
@@ -130,6 +134,10 @@ class Releaser:
         for name in self._door.unsaid():
             if self._drops.has_mail(name):
                 self._door.waits(name, name)
+        if self._now() >= self._next_keeping:
+            with self._ledger.transaction():
+                self._ledger.keep_time()
+            self._next_keeping = self._now() + KEEPING
 
     def look(self) -> None:
         """Look at every maildrop, and for decisions: what the bells would have told of."""

@@ -1155,3 +1155,26 @@ def test_accounts_that_are_forgotten_loosen_no_limit(tmp_path: Path, monkeypatch
         engine.scan()
         settle(engine)
         assert site.states() == ["done"] * 6 + ["held"] * 6 and len(server.messages) == 6
+
+
+def test_quiet_days_before_a_reboot_are_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
+    """Last written to soon after a start, then a quiet week: a start that is a little slower is one all the same."""
+    boottime, started, real = time.CLOCK_BOOTTIME, time.time(), time.clock_gettime
+    since_boot = [60.0]
+    monkeypatch.setattr(time, "clock_gettime", lambda which: since_boot[0] if which == boottime else real(which))
+    monkeypatch.setattr(time, "time", lambda: started + since_boot[0])
+    site = Site(tmp_path, server.url)
+    site.put()
+    with site.started() as engine:
+        settle(engine)
+        since_boot[0] += 7 * 86400
+        engine.step()
+    monkeypatch.setattr(time, "time", lambda: started + 7 * 86400 + since_boot[0])
+    since_boot[0] = 70.0
+    with site.engine():
+        assert abs(ledger_time(site) - time.time()) < 60
+
+
+def ledger_time(site: Site) -> float:
+    """What the ledger takes for the time."""
+    return site.ledger.clock.now()
