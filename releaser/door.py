@@ -20,8 +20,8 @@ from releaser.maillog import LOG
 
 # With fewer free inodes than this there is no room either, where the file system counts them.
 MIN_INODES = 1000
-# Bytes that a recipient counts for hold_max_bytes: its line in the envelope.
-RECIPIENT_SIZE = 100
+# Bytes that a recipient counts for hold_max_bytes: its line in the envelope, and its rows in the log.
+RECIPIENT_SIZE = 1000
 # In the shared maildrop a uid may have so many times what a name may: each of its names can be made up.
 SHARED_TIMES = 10
 # Bytes of refusals in one policy; enqueue reads no more than 64 KiB, and warnings have 32 of them.

@@ -169,6 +169,9 @@ VERSION = len(SCHEMAS)
 # What the partial index on states says; a query repeats it, or the index is not used.
 UNFINISHED = "state NOT IN ('done', 'unknown')"
 
+# A message's texts are in the log once for each recipient: the characters of each text in all of its rows, and in one at least.
+TEXTS, TEXT_LEAST = 100_000, 100
+
 LOG_COLUMNS = [
     "node",
     "seq",
@@ -374,7 +377,9 @@ class Ledger:
         """A log row per recipient; RECIPIENTS are (recipient, reason, MTA queue id)."""
         columns = [name for name in LOG_COLUMNS if name != "seq"]
         # People read these in MySQL with whatever they have.
-        message_id, subject, script, cwd = map(visible, (row.message_id, row.subject, row.script, row.cwd))
+        recipients = list(recipients)
+        most = max(TEXT_LEAST, TEXTS // max(len(recipients), 1))
+        message_id, subject, script, cwd = (visible(text)[:most] for text in (row.message_id, row.subject, row.script, row.cwd))
         self._db.executemany(
             f"INSERT INTO mail_log ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
             [
