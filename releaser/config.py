@@ -201,6 +201,9 @@ SECTIONS: dict[str, dict[str, Key]] = {
     },
 }
 
+# So many vhosts beside those that are configured by name have their settings kept.
+MOST_FOUND = 10_000
+
 # Keys of [vhosts."V"] and vhosts.d/V.toml, and the key that holds where they are absent.
 VHOST_KEYS = {
     "limits": Key(_limits, ("limits", "default")),
@@ -373,6 +376,9 @@ class Config:
         """The settings of vhost NAME, key by key: its exact entry, then the first pattern that has the key, then [limits]."""
         settings = self._found.get(name)
         if settings is None:
+            if len(self._found) >= MOST_FOUND + len(self._exact):
+                # Names can be made up without end.
+                self._found.clear()
             sources = [self._exact.get(name, {})]
             sources += [keys for pattern, keys in self._patterns.items() if fnmatchcase(name, pattern)]
             values: dict[str, Any] = {}
@@ -382,6 +388,13 @@ class Config:
                 values[key] = next((source[key] for source in sources if key in source), fallback)
             settings = self._found[name] = VhostSettings(**values)
         return settings
+
+    @property
+    def least_caps(self) -> tuple[int, int]:
+        """The smallest hold_max_messages and hold_max_bytes that hold for anyone."""
+        messages, size = "hold_max_messages", "hold_max_bytes"
+        sources = [self._sections["limits"], *self._exact.values(), *self._patterns.values()]
+        return min(s[messages] for s in sources if messages in s), min(s[size] for s in sources if size in s)
 
     @property
     def observed(self) -> list[str]:

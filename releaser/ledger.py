@@ -170,6 +170,9 @@ VERSION = len(SCHEMAS)
 # What the partial index on states says; a query repeats it, or the index is not used.
 UNFINISHED = "state NOT IN ('done', 'unknown')"
 
+# A message's texts are in the log once for each recipient: the characters of each text in all of its rows, and in one at least.
+TEXTS, TEXT_LEAST = 100_000, 100
+
 LOG_COLUMNS = [
     "node",
     "seq",
@@ -380,16 +383,18 @@ class Ledger:
     def log(self, event: str, row: Row, now: float, recipients: Iterable[tuple[str, str, str]], actor: str = "") -> None:
         """A log row per recipient; RECIPIENTS are (recipient, reason, MTA queue id)."""
         columns = [name for name in LOG_COLUMNS if name != "seq"]
+        recipients = list(recipients)
+        most = max(TEXT_LEAST, TEXTS // max(len(recipients), 1))
+        # People read these in MySQL with whatever they have.
+        message_id, script, cwd = (visible(text)[:most] for text in (row.message_id, row.script, row.cwd))
         written = []
         for recipient, reason, mta_queue_id in recipients:
-            recipient, reason, subject = self.privacy.row(recipient, reason, row.subject)
-            # People read these in MySQL with whatever they have.
-            texts = map(visible, (row.message_id, subject, row.script, row.cwd, reason, actor))
-            message_id, subject, script, cwd, reason, by = texts
+            recipient, reason, subject = self.privacy.row(recipient, visible(reason), visible(row.subject)[:most])
             written.append(
                 (
                     self.node, self._host, utc(now), row.arrived_at, event, row.queue_id, message_id, row.vhost, row.uid,
-                    row.verified, row.sender, recipient, row.size, subject, script, cwd, reason, mta_queue_id, by,
+                    row.verified, row.sender, recipient, row.size, subject, script, cwd, reason, mta_queue_id,
+                    visible(actor),
                 )
             )  # fmt: skip
         self._db.executemany(f"INSERT INTO mail_log ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})", written)
