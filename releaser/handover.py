@@ -7,7 +7,7 @@ spool_layout.md.
 import heapq
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,6 +23,9 @@ from releaser.maillog import LOG
 from releaser.mta import Job, Kind, Outcome, Senders, Unreachable
 from releaser.room import Room
 
+# So much is begun ahead of the sessions: what they have taken in so many seconds lately, messages and bytes at most. Ahead,
+# so that one commit serves many; no more, so that after a crash little is retried that the MTA has never seen.
+AHEAD_SECONDS, AHEAD_MESSAGES, AHEAD_BYTES = 0.05, 96, 8 << 20
 # Seconds between tries while there is no MTA, doubled from the first to the second.
 MTA_BACKOFF = (1, 30)
 # Seconds between tries of a message that the MTA defers, likewise.
@@ -76,8 +79,10 @@ class HandOver:
         self._results: mta.Results = mta.Results()
         self.senders = Senders(mta_url, wake, self._results)
         self.give_up = give_up
-        # Maildrops with a message in flight: one at a time keeps their mail in order.
-        self.busy: set[str] = set()
+        # Maildrops with messages in flight, and how many. The senders keep these in order.
+        self.busy: Counter[str] = Counter()
+        # Of these, those that wait until nothing of theirs is in flight, or it would overtake what is.
+        self._alone: set[str] = set()
         self._spool = spool
         self._ledger = book
         self._now = book.clock.now
@@ -110,12 +115,25 @@ class HandOver:
     @property
     def room(self) -> bool:
         """Whether another message may be begun. While it is not known that the MTA is back, one finds out."""
-        return len(self._flights) < (1 if self._backoff else mta.SESSIONS)
+        if len(self._flights) < mta.SESSIONS:
+            return not (self._backoff and self._flights)
+        return len(self._flights) < self._depth and sum(flight.row.size for flight in self._flights.values()) < AHEAD_BYTES
+
+    @property
+    def full(self) -> set[str]:
+        """Maildrops of which no other message may be begun."""
+        most = max(self._depth // mta.SESSIONS, 1)
+        return {name for name, count in self.busy.items() if count >= most or name in self._alone}
+
+    @property
+    def _depth(self) -> int:
+        """How many messages may be in flight."""
+        return mta.SESSIONS + min(int(AHEAD_SECONDS * mta.SESSIONS / max(self.senders.pace, 1e-6)), AHEAD_MESSAGES)
 
     @property
     def next_retry(self) -> float | None:
         """When something in active/ can be tried, by the clock of the ledger; None: nothing waits but for a vhost in flight."""
-        if self._may_retry and any(name not in self.busy for name in self._due):
+        if self._may_retry and any(name not in self.full for name in self._due):
             return 0.0
         return self._retries[0][0] if self._retries else None
 
@@ -127,11 +145,13 @@ class HandOver:
     @property
     def _may_retry(self) -> bool:
         """Half of the sessions are left for new mail."""
-        return sum(1 for flight in self._flights.values() if flight.original is None) < max(mta.SESSIONS // 2, 1)
+        return sum(1 for flight in self._flights.values() if flight.original is None) < max(self._depth // 2, 1)
 
     def use(self, url: str) -> None:
         """Another MTA: nothing is known of it yet. What is in flight ends where it was begun."""
+        self.senders.give_back()
         self.senders.stop()
+        self._alone |= self.busy.keys()
         self.senders = Senders(url, self._wake, self._results)
         self._down_until = self._backoff = 0.0
 
@@ -153,8 +173,10 @@ class HandOver:
         flight.row.attempt_open = 1
         if not flight.untried:
             flight.untried = list(flight.row.remaining)
+        if len(flight.untried) > mta.RECIPIENTS_PER_TRANSACTION:
+            self._alone.add(flight.row.maildrop)
         self._flights[flight.row.queue_id] = flight
-        self.busy.add(flight.row.maildrop)
+        self.busy[flight.row.maildrop] += 1
         batch.put(flight.row)
         batch.then(partial(self._dispatch, flight))
 
@@ -168,7 +190,7 @@ class HandOver:
         for name in list(self._due):
             if not self.room or not self._may_retry:
                 return
-            if name not in self.busy:
+            if name not in self.full:
                 waiting = self._due.pop(name)
                 self._retry_guarded(batch, name, waiting.popleft())
                 if waiting:
@@ -267,13 +289,16 @@ class HandOver:
         if self._unsettled and self._room.there:
             unsettled, self._unsettled = self._unsettled, []
             for flight in unsettled:
+                self._landed(flight)
                 self._guarded(batch, flight, self._settle, [])
         while not self._results.empty():
             job, result = self._results.get()
             flight = self._flights.pop(job.queue_id)
-            self.busy.discard(flight.row.maildrop)
-            if isinstance(result, Unreachable):
-                self._unreachable(batch, flight, str(result))
+            self._landed(flight)
+            if result is None or isinstance(result, Unreachable):
+                if result is not None:
+                    self._is_down(str(result))
+                self._not_begun(batch, flight)
                 continue
             if self._backoff:
                 self._backoff = 0
@@ -313,8 +338,8 @@ class HandOver:
     def _leave(self, batch: Batch, flight: Flight) -> None:
         """Where our own code has failed at what is left to do: nothing where all have the message, else that again, later."""
         row, key = flight.row, flight.key
-        self._flights.pop(row.queue_id, None)
-        self.busy.discard(row.maildrop)
+        if self._flights.pop(row.queue_id, None) is not None:
+            self._landed(flight)
         row.attempt_open = int(any(outcome.kind is Kind.UNKNOWN for outcome in flight.deferred))
         if not row.remaining and not row.refused:
             self._ended(batch, flight)
@@ -333,17 +358,31 @@ class HandOver:
         row = flight.row
         recipients = tuple(flight.untried[: mta.RECIPIENTS_PER_TRANSACTION])
         self.senders.send(
-            Job(row.queue_id, row.sender, recipients, flight.message, row.size, flight.ascii_only, flight.head.notify)
-        )
+            Job(
+                row.queue_id, row.sender, recipients, flight.message, row.size, flight.ascii_only, row.maildrop,
+                flight.head.notify,
+            )
+        )  # fmt: skip
 
-    def _unreachable(self, batch: Batch, flight: Flight, words: str) -> None:
-        """Nothing was handed over in this attempt: the mail stays where it is, and all mail waits."""
-        row = flight.row
+    def _landed(self, flight: Flight) -> None:
+        """Its maildrop has one message less in flight."""
+        name = flight.row.maildrop
+        self.busy[name] -= 1
+        if not self.busy[name]:
+            del self.busy[name]
+            self._alone.discard(name)
+
+    def _is_down(self, words: str) -> None:
+        """There is no MTA to talk to: all mail waits."""
         first, most = MTA_BACKOFF
         if not self._backoff or self._now() >= self._down_until:
             self._backoff = min(max(self._backoff * 2, first), most)
             self._down_until = self._now() + self._backoff
             LOG.error(maillog.mta_down(words, self._backoff))
+
+    def _not_begun(self, batch: Batch, flight: Flight) -> None:
+        """Nothing was handed over in this attempt: the mail stays where it is."""
+        row = flight.row
         # Nothing of this message has ever reached the MTA.
         untouched = not flight.answered and (row.maildrop, row.source) not in self._drops.known
         row.attempts -= 1
@@ -351,7 +390,7 @@ class HandOver:
         row.attempt_open = int(flight.again or unclear)
         if flight.original is None:
             # A little later than the others, so that a message at which the MTA hangs up is not what finds out again.
-            row.next_try = self._down_until + 1
+            row.next_try = max(self._down_until, self._now()) + 1
             batch.put(row)
             batch.then(partial(self.later, row.next_try, row.queue_id))
             return
@@ -425,10 +464,9 @@ class HandOver:
                 raise
             self._unsettled.append(flight)
             # Its maildrop waits with it, or its file in new/ would be met again.
-            self.busy.add(row.maildrop)
+            self.busy[row.maildrop] += 1
+            self._alone.add(row.maildrop)
             batch.put(row)
-        else:
-            self.busy.discard(row.maildrop)
 
     def _defer(self, batch: Batch, flight: Flight, now: float) -> None:
         """S3, S4 or S5 -> S5: only this message waits, in active/."""

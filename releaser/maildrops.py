@@ -153,7 +153,9 @@ class Maildrops:
         self._taken.discard((vhost, name))
         drop = self._drops.get(vhost)
         if drop is not None:
-            drop.names.appendleft(name)
+            # Others of it may have been given back before.
+            place = next((n for n, other in enumerate(drop.names) if other > name), len(drop.names))
+            drop.names.insert(place, name)
             self._mark(vhost, drop)
 
     def remove_name(self, vhost: str, name: bytes) -> bool:

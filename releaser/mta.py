@@ -1,6 +1,7 @@
 """Hand-over to the MTA: SMTP, its sendmail command, or a maildir; in threads that only read the message they are given."""
 
 import io
+import math
 import os
 import queue
 import re
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -68,6 +70,8 @@ class Job:
     message: Callable[[], BinaryIO]
     size: int
     ascii_only: bool
+    # Mail of one maildrop goes one after the other.
+    maildrop: str = ""
     # What the sender is to be told (RFC 3461 section 4.1); empty: what the MTA does without being asked.
     notify: str = ""
 
@@ -92,9 +96,11 @@ class SmtpSession:
         self._smtp: smtplib.SMTP | None = None
         self._sent = 0
         self._dot_sent = False
+        # Whether all commands of the transaction have been sent, and only their replies are still to be read.
+        self._asked = False
 
     def send(self, job: Job) -> list[Outcome]:
-        self._dot_sent = False
+        self._dot_sent = self._asked = False
         if self._sent >= MESSAGES_PER_SESSION:
             self.close()
         smtp, code, words = self._mail(job)
@@ -172,8 +178,17 @@ class SmtpSession:
         return smtp
 
     def _sender(self, smtp: smtplib.SMTP, job: Job) -> tuple[int, str]:
-        if not job.sender.isascii() and not smtp.has_extn("smtputf8"):
+        if not self._takes(smtp, job.sender):
             return 553, "the MTA does not offer SMTPUTF8, which the sender's address needs"
+        if smtp.has_extn("pipelining"):
+            # In one packet instead of three, each of which would be waited for (RFC 2920).
+            recipients = [self._rcpt(smtp, address, job) for address in job.recipients if self._takes(smtp, address)]
+            lines = [self._mail_from(smtp, job), *recipients, "DATA"]
+            _socket(smtp).sendall("".join(f"{line}\r\n" for line in lines).encode())
+            self._asked = True
+        return self._command(smtp, self._mail_from(smtp, job))
+
+    def _mail_from(self, smtp: smtplib.SMTP, job: Job) -> str:
         words = [f"MAIL FROM:<{job.sender}>"]
         if smtp.has_extn("size"):
             words.append(f"SIZE={job.size}")
@@ -181,27 +196,39 @@ class SmtpSession:
             words.append("BODY=8BITMIME")
         if not all(address.isascii() for address in (job.sender, *job.recipients)) and smtp.has_extn("smtputf8"):
             words.append("SMTPUTF8")
-        return self._command(smtp, " ".join(words))
+        return " ".join(words)
 
     def _transaction(self, smtp: smtplib.SMTP, job: Job, outcomes: dict[str, Outcome]) -> None:
         accepted = []
         for recipient in job.recipients:
-            code, words = self._recipient(smtp, recipient, job.notify)
+            code, words = 553, "the MTA does not offer SMTPUTF8, which this address needs"
+            if self._takes(smtp, recipient):
+                code, words = self._command(smtp, self._rcpt(smtp, recipient, job))
             if code // 100 == 2:
                 accepted.append(recipient)
             else:
                 _all([recipient], code, words, outcomes)
         if not accepted:
+            # Should DATA have been sent already, the session ends without a final dot: nothing is handed over.
             return
         code, words = self._command(smtp, "DATA")
         if code != 354:
             # Nothing was handed over, also where the reply is a yes.
             _all(accepted, code if code // 100 == 5 else 451, f"to DATA: {words}", outcomes)
             return
+        last = b""
         with job.message() as stream:
             for chunk in on_the_wire(stream):
-                self._dot_sent = chunk == FINAL_DOT
-                _socket(smtp).sendall(chunk)
+                if chunk != FINAL_DOT:
+                    if last:
+                        _socket(smtp).sendall(last)
+                    last = chunk
+        # With the final dot, so that a small message is one packet.
+        view = memoryview(last + FINAL_DOT)
+        while view:
+            view = view[_socket(smtp).send(view) :]
+        # Had the last of these failed, the end of the dot would not have left us.
+        self._dot_sent = True
         _socket(smtp).settimeout(DOT_TIMEOUT)
         code, reply = smtp.getreply()
         _socket(smtp).settimeout(REPLY_TIMEOUT)
@@ -210,14 +237,18 @@ class SmtpSession:
             raise smtplib.SMTPServerDisconnected(f"no reply to the final dot: {_reply(code, reply)}")
         _all(accepted, code, _reply(code, reply), outcomes)
 
-    def _recipient(self, smtp: smtplib.SMTP, recipient: str, notify: str) -> tuple[int, str]:
-        if not recipient.isascii() and not smtp.has_extn("smtputf8"):
-            return 553, "the MTA does not offer SMTPUTF8, which this address needs"
-        option = f" NOTIFY={notify}" if notify and smtp.has_extn("dsn") else ""
-        return self._command(smtp, f"RCPT TO:<{recipient}>{option}")
+    def _takes(self, smtp: smtplib.SMTP, recipient: str) -> bool:
+        return recipient.isascii() or smtp.has_extn("smtputf8")
+
+    def _rcpt(self, smtp: smtplib.SMTP, recipient: str, job: Job) -> str:
+        option = f" NOTIFY={job.notify}" if job.notify and smtp.has_extn("dsn") else ""
+        return f"RCPT TO:<{recipient}>{option}"
 
     def _command(self, smtp: smtplib.SMTP, line: str) -> tuple[int, str]:
-        code, reply = smtp.docmd(line)
+        """The reply to LINE, which is sent unless that was done already."""
+        if not self._asked:
+            smtp.putcmd(line)
+        code, reply = smtp.getreply()
         return code, _reply(code, reply)
 
 
@@ -281,11 +312,16 @@ class MaildirSession:
         pass
 
 
-Results = queue.SimpleQueue[tuple[Job, list[Outcome] | Unreachable]]
+# None: the job was not begun.
+Result = list[Outcome] | Unreachable | None
+Results = queue.SimpleQueue[tuple[Job, Result]]
 
 
 class Senders:
-    """SESSIONS threads, each with one session; jobs go in, (job, outcomes or Unreachable) come out."""
+    """SESSIONS threads, each with one session; jobs go in, (job, result) come out.
+
+    The maildrops are served in turn, a job of each; the jobs of one go one after the other, in order.
+    """
 
     def __init__(self, url: str, wake: Callable[[], None], results: "Results") -> None:
         """RESULTS outlives a change of the MTA, when the old senders still end what they have begun."""
@@ -294,18 +330,37 @@ class Senders:
         # What the MTA announces with SIZE; 0: no limit known.
         self.max_size = 0
         self._wake = wake
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        # A maildrop is in turn, or with a thread, as long as it is in here.
+        self._waiting: dict[str, deque[Job]] = {}
+        self._turn: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._ending = False
+        # Seconds that a session needs for a message, lately.
+        self.pace = math.inf
         self._threads = [threading.Thread(target=self._run, name=f"sender-{n}", daemon=True) for n in range(SESSIONS)]
         for thread in self._threads:
             thread.start()
 
     def send(self, job: Job) -> None:
-        self._jobs.put(job)
+        with self._lock:
+            if job.maildrop in self._waiting:
+                self._waiting[job.maildrop].append(job)
+                return
+            self._waiting[job.maildrop] = deque([job])
+        self._turn.put(job.maildrop)
+
+    def give_back(self, result: Result = None) -> None:
+        """Let RESULT be that of all jobs that no session has begun with."""
+        with self._lock:
+            for waiting in self._waiting.values():
+                while waiting:
+                    self._results.put((waiting.popleft(), result))
 
     def stop(self) -> None:
         """Let the threads end when their jobs are done."""
+        self._ending = True
         for _ in self._threads:
-            self._jobs.put(None)
+            self._turn.put(None)
 
     def join(self) -> None:
         for thread in self._threads:
@@ -327,25 +382,51 @@ class Senders:
         session = self._session()
         while True:
             try:
-                job = self._jobs.get(timeout=IDLE)
+                name = self._turn.get(timeout=IDLE)
             except queue.Empty:
                 session.close()
                 continue
-            if job is None:
+            if name is None:
                 session.close()
                 return
-            result: list[Outcome] | Unreachable
-            try:
-                result = session.send(job)
-            except Unreachable as error:
-                result = error
-            except Exception as error:
-                # A mistake of ours with one message must not end the thread: the message waits and is tried again.
-                session.close()
-                words = f"internal error: {error!r}"
-                result = [Outcome(recipient, Kind.TEMPFAIL, words) for recipient in job.recipients]
-            self._results.put((job, result))
-            self._wake()
+            while self._next(session, name) and self._ending:
+                pass
+
+    def _next(self, session: Session, name: str) -> bool:
+        """Do the next job of the maildrop NAME; whether there is another, which has its turn then."""
+        with self._lock:
+            waiting = self._waiting[name]
+            if not waiting:
+                del self._waiting[name]
+                return False
+            job = waiting.popleft()
+        began = time.monotonic()
+        result = self._do(session, job)
+        seconds = time.monotonic() - began
+        self.pace = seconds if self.pace == math.inf else self.pace * 0.9 + seconds * 0.1
+        self._results.put((job, result))
+        if isinstance(result, Unreachable):
+            # None of them may overtake this one.
+            self.give_back(result)
+        self._wake()
+        with self._lock:
+            if not waiting:
+                del self._waiting[name]
+                return False
+        if not self._ending:
+            self._turn.put(name)
+        return True
+
+    def _do(self, session: Session, job: Job) -> Result:
+        try:
+            return session.send(job)
+        except Unreachable as error:
+            return error
+        except Exception as error:
+            # A mistake of ours with one message must not end the thread: the message waits and is tried again.
+            session.close()
+            words = f"internal error: {error!r}"
+            return [Outcome(recipient, Kind.TEMPFAIL, words) for recipient in job.recipients]
 
 
 def _as_file(message: Callable[[], BinaryIO]) -> int:

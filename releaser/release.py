@@ -239,6 +239,7 @@ class Releaser:
 
     def finish(self, alive: Callable[[], None] = lambda: None) -> None:
         """Wait for what is in flight, and make its outcome durable. ALIVE is called again and again meanwhile."""
+        self._handover.senders.give_back()
         while self._handover.in_flight:
             alive()
             batch = Batch(self._ledger)
@@ -271,7 +272,7 @@ class Releaser:
         elif self._handover.room:
             if not self._door.room:
                 due.append(now + PAUSE)
-            elif self._drops.waiting(self._handover.busy | self._door.shut):
+            elif self._drops.waiting(self._handover.full | self._door.shut):
                 return 0
             if self._handover.next_retry is not None:
                 due.append(self._handover.next_retry)
@@ -340,7 +341,7 @@ class Releaser:
             if time.monotonic() > until or not self._door.room:
                 return
             try:
-                found = self._drops.next(self._handover.busy | self._door.shut) if self._handover.room else None
+                found = self._drops.next(self._handover.full | self._door.shut) if self._handover.room else None
             except OSError as error:
                 self._room.lacks(error)
                 return
