@@ -165,6 +165,8 @@ def split(address: str) -> tuple[str, str]:
 
 def one_line(value: str) -> str:
     """VALUE without control characters (C0, DEL, C1), as an envelope value must be."""
+    if value.isprintable():
+        return value
     return "".join("?" if c < " " or "\x7f" <= c <= "\x9f" else c for c in value)
 
 

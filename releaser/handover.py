@@ -9,6 +9,7 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import BinaryIO
@@ -94,6 +95,7 @@ class HandOver:
         # Whose outcome is in the ledger, and for whose copy there was no room: the message lies where it lay.
         self._unsettled: list[Flight] = []
         self._flights: dict[str, Flight] = {}
+        self._bytes = 0
         # What waits for its time, and, by vhost, what is due and waits for its turn.
         self._retries: list[tuple[float, str]] = []
         self._due: dict[str, deque[str]] = {}
@@ -117,7 +119,7 @@ class HandOver:
         """Whether another message may be begun. While it is not known that the MTA is back, one finds out."""
         if len(self._flights) < mta.SESSIONS:
             return not (self._backoff and self._flights)
-        return len(self._flights) < self._depth and sum(flight.row.size for flight in self._flights.values()) < AHEAD_BYTES
+        return len(self._flights) < self._depth and self._bytes < AHEAD_BYTES
 
     @property
     def full(self) -> set[str]:
@@ -173,9 +175,10 @@ class HandOver:
         flight.row.attempt_open = 1
         if not flight.untried:
             flight.untried = list(flight.row.remaining)
-        if len(flight.untried) > mta.RECIPIENTS_PER_TRANSACTION:
+        if flight.answered or len(flight.untried) > mta.RECIPIENTS_PER_TRANSACTION:
             self._alone.add(flight.row.maildrop)
         self._flights[flight.row.queue_id] = flight
+        self._bytes += flight.row.size
         self.busy[flight.row.maildrop] += 1
         batch.put(flight.row)
         batch.then(partial(self._dispatch, flight))
@@ -289,11 +292,11 @@ class HandOver:
         if self._unsettled and self._room.there:
             unsettled, self._unsettled = self._unsettled, []
             for flight in unsettled:
-                self._landed(flight)
+                self._leave_turn(flight.row.maildrop)
                 self._guarded(batch, flight, self._settle, [])
         while not self._results.empty():
             job, result = self._results.get()
-            flight = self._flights.pop(job.queue_id)
+            flight = self._flights[job.queue_id]
             self._landed(flight)
             if result is None or isinstance(result, Unreachable):
                 if result is not None:
@@ -311,12 +314,10 @@ class HandOver:
         Were it not, the message would be sent again, by the next daemon too, and again. Should writing it down fail, too,
         that ends the daemon with the message in hand: so it is counted, and set aside after three of these.
         """
-        before = replace(
-            flight,
-            row=replace(flight.row, remaining=[*flight.row.remaining], refused=[*flight.row.refused]),
-            untried=[*flight.untried],
-            deferred=[*flight.deferred],
-        )
+        before = copy(flight)
+        before.untried, before.deferred = [*flight.untried], [*flight.deferred]
+        row = before.row = copy(flight.row)
+        row.remaining, row.refused = [*row.remaining], [*row.refused]
         part = Batch(self._ledger)
         try:
             self._in_hand.begin(*flight.key)
@@ -338,7 +339,7 @@ class HandOver:
     def _leave(self, batch: Batch, flight: Flight) -> None:
         """Where our own code has failed at what is left to do: nothing where all have the message, else that again, later."""
         row, key = flight.row, flight.key
-        if self._flights.pop(row.queue_id, None) is not None:
+        if row.queue_id in self._flights:
             self._landed(flight)
         row.attempt_open = int(any(outcome.kind is Kind.UNKNOWN for outcome in flight.deferred))
         if not row.remaining and not row.refused:
@@ -365,8 +366,13 @@ class HandOver:
         )  # fmt: skip
 
     def _landed(self, flight: Flight) -> None:
-        """Its maildrop has one message less in flight."""
-        name = flight.row.maildrop
+        """It is in flight no more."""
+        del self._flights[flight.row.queue_id]
+        self._bytes -= flight.row.size
+        self._leave_turn(flight.row.maildrop)
+
+    def _leave_turn(self, name: str) -> None:
+        """The maildrop NAME has one message less under way."""
         self.busy[name] -= 1
         if not self.busy[name]:
             del self.busy[name]
@@ -504,7 +510,9 @@ class HandOver:
         batch.put(row)
         if flight.original is not None:
             batch.then(partial(self._drops.remove, row, flight.original))
-        batch.then(partial(mailqueue.remove, self._spool, "active", row.queue_id))
+        if flight.original is None or not flight.original.small or row.attempts > 1:
+            # A small one, tried for the first time, has never been there.
+            batch.then(partial(mailqueue.remove, self._spool, "active", row.queue_id))
 
     def _copy(self, target: str, flight: Flight, recipients: list[str]) -> None:
         head = verified(flight.head, flight.row, recipients)

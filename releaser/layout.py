@@ -3,6 +3,7 @@
 import os
 import re
 import time
+from functools import lru_cache
 from typing import NamedTuple
 
 # The layout that this program writes; it reads every one up to it.
@@ -81,6 +82,7 @@ def is_vhost(text: str) -> bool:
     return bool(_VHOST.match(text))
 
 
+@lru_cache(20_000)
 def is_maildrop(text: str) -> bool:
     """The name of a directory below vhosts/."""
     return text == UNREGISTERED or is_vhost(text)

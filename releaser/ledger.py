@@ -6,13 +6,17 @@ state; the command writes decisions, each as one compare-and-set.
 
 import contextlib
 import json
+import math
 import os
+import re
 import socket
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
+from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 from releaser.clock import Clock
@@ -170,6 +174,8 @@ VERSION = len(SCHEMAS)
 # What the partial index on states says; a query repeats it, or the index is not used.
 UNFINISHED = "state NOT IN ('done', 'unknown')"
 
+_UTC = re.compile(r"[1-9][0-9]{3}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z\Z")
+
 # A message's texts are in the log once for each recipient: the characters of each text in all of its rows, and in one at least.
 TEXTS, TEXT_LEAST = 100_000, 100
 
@@ -248,9 +254,12 @@ class Row:
 
 
 _COLUMNS = tuple(field.name for field in fields(Row))
-_JSON = ("remaining", "refused")
+_LOGGED = [name for name in LOG_COLUMNS if name != "seq"]
+_LOG = f"INSERT INTO mail_log ({', '.join(_LOGGED)}) VALUES ({', '.join('?' * len(_LOGGED))})"
+_VALUES = attrgetter(*_COLUMNS)
+_JSON = (_COLUMNS.index("remaining"), _COLUMNS.index("refused"))
 _PUT = (
-    f"INSERT INTO message ({', '.join(_COLUMNS)}) VALUES ({', '.join(':' + name for name in _COLUMNS)}) "
+    f"INSERT INTO message ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))}) "
     f"ON CONFLICT (queue_id) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in _COLUMNS[1:])}"
 )
 
@@ -276,14 +285,19 @@ _INCIDENT_COLUMNS = tuple(field.name for field in fields(Incident))
 
 def utc(stamp: float) -> str:
     """ISO 8601 in UTC with microseconds, for a time in seconds since 1970."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(stamp)) + f".{int(stamp % 1 * 1e6):06d}Z"
+    return f"{_seconds(math.floor(stamp))}.{int(stamp % 1 * 1e6):06d}Z"
+
+
+@lru_cache(16)
+def _seconds(stamp: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(stamp))
 
 
 def is_utc(text: str) -> bool:
     """Whether TEXT is a time as utc() writes it."""
     try:
-        return len(text) == 27 and text.isascii() and utc(datetime.fromisoformat(text).timestamp())[:20] == text[:20]
-    except (ValueError, OverflowError, OSError):
+        return bool(_UTC.match(text) and datetime.fromisoformat(text))
+    except ValueError:
         return False
 
 
@@ -368,9 +382,9 @@ class Ledger:
     def put(self, row: Row) -> None:
         """Write ROW, new or known. The command writes to held and trashed rows only, and the daemon puts these only to
         carry out what it has read there."""
-        values = {name: getattr(row, name) for name in _COLUMNS}
-        for name in _JSON:
-            values[name] = json.dumps(values[name])
+        values = list(_VALUES(row))
+        for place in _JSON:
+            values[place] = json.dumps(values[place]) if values[place] else "[]"
         self._db.execute(_PUT, values)
 
     def remove(self, queue_id: str) -> None:
@@ -382,7 +396,6 @@ class Ledger:
 
     def log(self, event: str, row: Row, now: float, recipients: Iterable[tuple[str, str, str]], actor: str = "") -> None:
         """A log row per recipient; RECIPIENTS are (recipient, reason, MTA queue id)."""
-        columns = [name for name in LOG_COLUMNS if name != "seq"]
         recipients = list(recipients)
         most = max(TEXT_LEAST, TEXTS // max(len(recipients), 1))
         # People read these in MySQL with whatever they have.
@@ -397,7 +410,7 @@ class Ledger:
                     visible(actor),
                 )
             )  # fmt: skip
-        self._db.executemany(f"INSERT INTO mail_log ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})", written)
+        self._db.executemany(_LOG, written)
 
     def forget(self, address: str) -> int:
         """Forget who ADDRESS is in the log and in what has ended; return the number of log rows. In small transactions."""

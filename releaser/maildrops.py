@@ -203,12 +203,12 @@ class Maildrops:
         """Unlink new/NAME, if it is still the file that was read; durable outcomes make doing it again harmless."""
         if row.source is None:
             return
-        key = row.maildrop, row.source
-        there = original.is_at(self.path(row))
+        key, path = (row.maildrop, row.source), self.path(row)
+        there = original.is_at(path)
         try:
             if there:
-                os.unlink(self.path(row))
-            elif not os.path.isdir(os.path.dirname(self.path(row))):
+                os.unlink(path)
+            elif not os.path.isdir(os.path.dirname(path)):
                 raise FileNotFoundError(errno.ENOENT, "its maildrop is not there")
         except OSError as error:
             # It is known from now on: when it is met again, it is only removed.

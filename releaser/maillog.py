@@ -14,6 +14,8 @@ def start() -> None:
     # The journal has the name and the number itself.
     name = "" if os.environ.get("JOURNAL_STREAM") else "secure-sendmail-releaser[%(process)d]: "
     handler.setFormatter(logging.Formatter(f"{name}%(levelname)s: %(message)s"))
+    # A line for each message: what no line says is not looked up.
+    logging.logThreads = logging.logMultiprocessing = False
     LOG.addHandler(handler)
     LOG.setLevel(logging.INFO)
 

@@ -99,6 +99,7 @@ def read_header(chunks: Iterator[bytes]) -> Header:
     data = b"".join(pieces)
     head = data[:MAX_HEADER]
     starts: list[int] = []
+    names: list[bytes] = []
     position = lines = 0
     while position < len(head):
         lines += 1
@@ -110,15 +111,17 @@ def read_header(chunks: Iterator[bytes]) -> Header:
             position = len(head)
             break
         if not (starts and head[position] in b" \t"):
-            if not _name(head[position:line_end]):
+            name = _name(head[position:line_end])
+            if not name:
                 break
             starts.append(position)
+            names.append(name)
         position = line_end
     if position == MAX_HEADER < len(data):
         raise HeaderTooLong(f"the header is longer than {MAX_HEADER} bytes")
     # Each field is sliced once, since it can have as many lines as the header.
     raws = [head[begin:end] for begin, end in zip(starts, [*starts[1:], position], strict=False)]
-    return Header(tuple((_name(raw), raw) for raw in raws), data[position:].removeprefix(b"\n"))
+    return Header(tuple(zip(names, raws, strict=True)), data[position:].removeprefix(b"\n"))
 
 
 def decoded(raw: bytes) -> str:

@@ -158,7 +158,7 @@ class _Counted:
         os.open = self._watched("open", os.open, lambda _path, flags, *_, **__: self._who == "enqueue" or flags & writes)
         builtins.open = self._watched("open", open, lambda _path, mode="r", *_, **__: mode[0] in "wxa")
         # What the MTA is given, and what it has said.
-        for owner, name in ((Senders, "send"), (HandOver, "_outcome"), (HandOver, "_unreachable")):
+        for owner, name in ((Senders, "send"), (HandOver, "_outcome"), (HandOver, "_not_begun")):
             setattr(owner, name, self._watched(name, getattr(owner, name), lambda *_, **__: isinstance(self._how, str)))
         if isinstance(self._how, str):
             # What MySQL is asked.

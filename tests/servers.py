@@ -590,7 +590,9 @@ class Scripted:
                         recipients.append(_split_path(line.decode().partition(":")[2])[0])
                     elif line == b"DATA" and reply is YES:
                         connection.sendall(b"354 go on\r\n")
-                        data = b"".join(iter(lines.readline, b".\r\n"))
+                        data = _up_to_final_dot(lines)
+                        if data is None:
+                            return
                         reply = self.answer(b".")
                         if not reply or reply.startswith(b"2"):
                             self.messages.append(Message(sender, recipients, data))
@@ -687,6 +689,16 @@ class Recorder(Scripted):
             read.append(line[1:] if line.startswith(b".") else line)
         current.data = b"".join(read)
         return True
+
+
+def _up_to_final_dot(lines: BinaryIO) -> bytes | None:
+    """The lines of a message as they are on the wire; None where the client ends before the last."""
+    read = []
+    while (line := lines.readline()) != b".\r\n":
+        if not line.endswith(b"\n"):
+            return None
+        read.append(line)
+    return b"".join(read)
 
 
 def _said(connection: socket.socket, reply: bytes) -> bool:
