@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -19,6 +19,17 @@ class Run:
     wall: float
     cpu: float
     memory: float
+
+
+@dataclass
+class Bench:
+    """One run of the benchmark: whether it is the long one, and what was found, by what it is."""
+
+    full: bool = False
+    found: dict[str, float] = field(default_factory=dict)
+
+    def note(self, what: str, value: float) -> None:
+        self.found[what] = round(value, 4)
 
 
 @dataclass(frozen=True)

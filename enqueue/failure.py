@@ -1,16 +1,16 @@
 """Every way in which enqueue can fail: one sentence and one status."""
 
-import os
+import posix
 
 # The statuses of sysexits.h that enqueue uses; spool_layout.md has the table.
 # Never 75: PHP 8.5 takes it for success.
-USAGE = os.EX_USAGE
-DATAERR = os.EX_DATAERR
-UNAVAILABLE = os.EX_UNAVAILABLE
-CANTCREAT = os.EX_CANTCREAT
-IOERR = os.EX_IOERR
-NOPERM = os.EX_NOPERM
-CONFIG = os.EX_CONFIG
+USAGE = posix.EX_USAGE
+DATAERR = posix.EX_DATAERR
+UNAVAILABLE = posix.EX_UNAVAILABLE
+CANTCREAT = posix.EX_CANTCREAT
+IOERR = posix.EX_IOERR
+NOPERM = posix.EX_NOPERM
+CONFIG = posix.EX_CONFIG
 
 
 class Failure(Exception):

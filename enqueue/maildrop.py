@@ -1,11 +1,13 @@
 """The vhost's maildrop: the steps that make a message durable, and the bell that says so. Rows: spool_layout.md."""
 
 import errno
-import os
-import stat
-from collections.abc import Iterator
+import posix
 
 from enqueue.failure import CANTCREAT, CONFIG, IOERR, NOPERM, UNAVAILABLE, Failure
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 POLICY_VERSION = b"1"
 DEFAULT_MAX_SIZE = 50 << 20
@@ -28,7 +30,7 @@ class Policy:
         until = lines.get(b"Until", b"")
         self.until = int(until) if until.isdigit() else 0
         self._lines = text.split(b"\n") if lines else []
-        host = os.uname().nodename.encode("ascii", "replace")
+        host = posix.uname().nodename.encode("ascii", "replace")
         size = lines.get(b"Max-Size", b"")
         bell = lines.get(b"Bell", b"").decode("ascii", "replace")
         self.bell = bell if bell and HEX.issuperset(bell) else ""
@@ -49,7 +51,7 @@ class Policy:
 
     def _said(self, of: bytes, vhost: str, now: float) -> bytes:
         # What is said of the shared maildrop is said to everyone who uses it, or to all that this user sends through it.
-        for name in (vhost, f"uid:{os.geteuid()}", UNREGISTERED):
+        for name in (vhost, f"uid:{posix.geteuid()}", UNREGISTERED):
             key = of + name.encode() + b" "
             found = [line[len(key) :] for line in self._lines if line.startswith(key)]
             # The releaser never says so of more than an hour: the clock was put back.
@@ -80,31 +82,31 @@ class Maildrop:
                 f"the administrator runs: secure-sendmail vhost add {vhost} --user NAME, or, once for all: "
                 "secure-sendmail vhost add --unregistered",
             ) from None
-        if os.getuid() == 0 and os.fstat(self._gate).st_uid != 0:
+        if posix.getuid() == 0 and posix.fstat(self._gate).st_uid != 0:
             # Root comes through every gate; only where the spool is its own is it a customer.
             raise self._closed()
 
     def _open(self, vhost: str) -> int:
         """The vhost's directory, or the shared one where it does not exist; never where it is only closed."""
-        flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags = posix.O_PATH | posix.O_DIRECTORY | posix.O_NOFOLLOW | posix.O_CLOEXEC
         try:
-            return os.open(f"{self.spool}/vhosts/{vhost}", flags)
+            return posix.open(f"{self.spool}/vhosts/{vhost}", flags)
         except FileNotFoundError:
-            return os.open(f"{self.spool}/vhosts/{UNREGISTERED}", flags)
+            return posix.open(f"{self.spool}/vhosts/{UNREGISTERED}", flags)
 
     def policy(self) -> Policy:
         try:
-            fd = os.open("policy", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._gate)
+            fd = posix.open("policy", posix.O_RDONLY | posix.O_NOFOLLOW | posix.O_CLOEXEC, dir_fd=self._gate)
         except OSError:
             return Policy()
         try:
-            return Policy(os.read(fd, 65536))
+            return Policy(posix.read(fd, 65536))
         except (OSError, ValueError):
             return Policy()
         finally:
-            os.close(fd)
+            posix.close(fd)
 
-    def drop(self, name: str, head: bytes, chunks: Iterator[bytes], max_size: int) -> None:
+    def drop(self, name: str, head: bytes, chunks: "Iterator[bytes]", max_size: int) -> None:
         """Make HEAD and CHUNKS durable as new/NAME,S=<bytes>; return only when they are.
 
         Raises Failure with nothing left in new/: CANTCREAT, IOERR, or UNAVAILABLE above MAX_SIZE bytes of message.
@@ -115,7 +117,7 @@ class Maildrop:
             size = self._write(fd, head, chunks, max_size)
             submitted = f"new/{name},S={size}"
             # At that instant the message has been submitted.
-            os.rename(temporary, submitted, src_dir_fd=self._gate, dst_dir_fd=self._gate)
+            posix.rename(temporary, submitted, src_dir_fd=self._gate, dst_dir_fd=self._gate)
         except OSError as error:
             self._unlink(temporary)
             raise Failure(IOERR, f"cannot write {temporary} of {self.vhost}: {error.strerror}") from None
@@ -128,31 +130,33 @@ class Maildrop:
         """Tell the releaser that mail is there. Tried once: if it fails, the releaser's scan finds the mail."""
         if bell:
             try:
-                os.utime(f"{self.spool}/wake/{bell}")
+                posix.utime(f"{self.spool}/wake/{bell}")
             except OSError:
                 pass
 
     def count_refusal(self) -> None:
         """Add a byte to the count that the releaser's scan finds. Raises OSError, which changes nothing."""
-        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-        name = f"tmp/{REFUSED}{os.getuid()}"
+        import stat
+
+        flags = posix.O_WRONLY | posix.O_APPEND | posix.O_NOFOLLOW | posix.O_NONBLOCK | posix.O_NOCTTY | posix.O_CLOEXEC
+        name = f"tmp/{REFUSED}{posix.getuid()}"
         try:
-            fd = os.open(name, flags, dir_fd=self._gate)
+            fd = posix.open(name, flags, dir_fd=self._gate)
         except FileNotFoundError:
-            fd = os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o640, dir_fd=self._gate)
-            os.fchmod(fd, 0o640)
+            fd = posix.open(name, flags | posix.O_CREAT | posix.O_EXCL, 0o640, dir_fd=self._gate)
+            posix.fchmod(fd, 0o640)
         try:
-            status = os.fstat(fd)
+            status = posix.fstat(fd)
             # Everybody may make a file of that name: never write into another's, or into one of another name.
-            if stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid() and status.st_nlink == 1:
-                os.write(fd, b"\n")
+            if stat.S_ISREG(status.st_mode) and status.st_uid == posix.getuid() and status.st_nlink == 1:
+                posix.write(fd, b"\n")
         finally:
-            os.close(fd)
+            posix.close(fd)
 
     def _create(self, temporary: str) -> int:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags = posix.O_WRONLY | posix.O_CREAT | posix.O_EXCL | posix.O_NOFOLLOW | posix.O_CLOEXEC
         try:
-            return os.open(temporary, flags, 0o600, dir_fd=self._gate)
+            return posix.open(temporary, flags, 0o600, dir_fd=self._gate)
         except OSError as error:
             if error.errno == errno.EACCES and not self._may_enter():
                 raise self._closed() from None
@@ -160,7 +164,7 @@ class Maildrop:
 
     def _may_enter(self) -> bool:
         try:
-            os.stat("tmp", dir_fd=self._gate)
+            posix.stat("tmp", dir_fd=self._gate)
         except PermissionError:
             return False
         except OSError:
@@ -168,9 +172,9 @@ class Maildrop:
         return True
 
     def _closed(self) -> Failure:
-        return Failure(NOPERM, f"user {os.getuid()} may not send as {self.vhost}: its maildrop is closed to this user")
+        return Failure(NOPERM, f"user {posix.getuid()} may not send as {self.vhost}: its maildrop is closed to this user")
 
-    def _write(self, fd: int, head: bytes, chunks: Iterator[bytes], max_size: int) -> int:
+    def _write(self, fd: int, head: bytes, chunks: "Iterator[bytes]", max_size: int) -> int:
         size = 0
         data = head
         for chunk in chunks:
@@ -181,16 +185,16 @@ class Maildrop:
             _write_all(fd, data)
             data = b""
         # Group read for the releaser; the caller's umask may have taken every bit away.
-        os.fchmod(fd, 0o640)
+        posix.fchmod(fd, 0o640)
         return size + len(head)
 
     def _sync(self, fd: int, submitted: str) -> None:
         """Make bytes and name durable with one call; spool_layout.md says on which file systems it does both."""
         try:
-            os.fsync(fd)
+            posix.fsync(fd)
         except OSError as error:
             try:
-                os.unlink(submitted, dir_fd=self._gate)
+                posix.unlink(submitted, dir_fd=self._gate)
             except FileNotFoundError:
                 # The releaser has read it already: it is accepted.
                 return
@@ -201,7 +205,7 @@ class Maildrop:
     def _unlink(self, path: str) -> None:
         # What cannot be removed is a leftover in tmp/, which the releaser removes later.
         try:
-            os.unlink(path, dir_fd=self._gate)
+            posix.unlink(path, dir_fd=self._gate)
         except OSError:
             pass
 
@@ -209,4 +213,4 @@ class Maildrop:
 def _write_all(fd: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
-        view = view[os.write(fd, view) :]
+        view = view[posix.write(fd, view) :]

@@ -17,16 +17,19 @@ vhost. Each failure is one line on standard error and in syslog, and nothing is 
 Files: DIR/vhosts/VHOST/{tmp,new,policy}, DIR/wake; DIR is /var/spool/php-secure-sendmail.
 """
 
-# The module behind `signal`, which is slow to load for its enumerations.
+# The modules behind `signal` and `os`: these would take a seventh of the time of the whole process.
 import _signal  # type: ignore[import-not-found]
-import os
+import posix
 import sys
 import time
-from collections.abc import Iterator
 
 from enqueue import address, message, options
 from enqueue.failure import DATAERR, IOERR, UNAVAILABLE, USAGE, Failure
 from enqueue.maildrop import Maildrop, Policy
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 LAYOUT = b"2"
 READ_SIZE = 1 << 16
@@ -42,15 +45,15 @@ def main() -> None:
             _complain(sentence)
     finally:
         # Also where the memory left is too little to complain.
-        os._exit(status)
+        posix._exit(status)
 
 
 def _run(argv: list[str]) -> tuple[int, str]:
     """The exit status, and what failed."""
     try:
         # The caller is PHP: its descriptors, and a umask that may be 0777, are not ours.
-        os.closerange(3, 1 << 20)
-        os.umask(0o077)
+        posix.closerange(3, 1 << 20)
+        posix.umask(0o077)
         _hold_standard_descriptors()
         if argv == ["--help"]:
             _write_error((__doc__ or "").encode())
@@ -75,13 +78,14 @@ def enqueue(argv: list[str]) -> None:
     sender = _sender(call.sender)
     recipients = _recipients(call, mail)
     now = time.time()
-    name = f"{int(now)}.{int(now % 1 * 1e6):06d}.P{os.getpid()}.{os.urandom(12).hex()}"
+    name = f"{int(now)}.{int(now % 1 * 1e6):06d}.P{posix.getpid()}.{posix.urandom(12).hex()}"
     message_id = mail.first(b"message-id") or f"<{name}@{call.vhost}>".encode()
     head = envelope(call, sender, recipients, now, message_id, mail.first(b"x-php-originating-script"))
     policy.tag[0] = (policy.tag[0][0], call.vhost.encode())
     missing = [
         (b"Date", time.strftime("%a, %d %b %Y %H:%M:%S +0000", time.gmtime(now)).encode()),
-        (b"From", _from(call.full_name, sender or policy.sender or _login())),
+        # Whose it is without one is not looked up where there is one.
+        (b"From", b"" if mail.first(b"from") else _from(call.full_name, sender or policy.sender or _login())),
         (b"Message-ID", message_id),
     ]
     maildrop.drop(name, head, _seen_through(mail.chunks(policy.tag, missing)), policy.max_size)
@@ -113,7 +117,7 @@ def _tell(call: options.Call, maildrop: Maildrop, policy: Policy, now: float) ->
         # Accepted all the same. mod_php passes it on to Apache's error log.
         _write_error(_printable(warning.decode("utf-8", "replace")) + b"\n")
     for flag in call.suspect:
-        _to_syslog(f"vhost {call.vhost}, uid {os.getuid()}: option -{flag} names a file for the MTA; ignored".encode())
+        _to_syslog(f"vhost {call.vhost}, uid {posix.getuid()}: option -{flag} names a file for the MTA; ignored".encode())
 
 
 def envelope(
@@ -127,12 +131,12 @@ def envelope(
     arrived = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1e6):06d}Z"
     claims = [
         (b"Arrived: ", arrived.encode()),
-        (b"Uid: ", str(os.getuid()).encode()),
+        (b"Uid: ", str(posix.getuid()).encode()),
         (b"Cwd: ", _directory()),
         (b"Program: ", _parent()),
         (b"Script: ", script or b""),
         # Of a CGI program's environment; mod_php and php-fpm keep it to themselves.
-        (b"Script-Filename: ", os.environb.get(b"SCRIPT_FILENAME", b"")),
+        (b"Script-Filename: ", posix.environ.get(b"SCRIPT_FILENAME", b"")),
         (b"Notify: ", call.notify.encode()),
         (b"Message-Id: ", message_id),
     ]
@@ -140,7 +144,7 @@ def envelope(
     return b"\n".join(lines) + b"\n\n"
 
 
-def _seen_through(chunks: Iterator[bytes]) -> Iterator[bytes]:
+def _seen_through(chunks: "Iterator[bytes]") -> "Iterator[bytes]":
     """CHUNKS; from their end on no signal makes a failure of what is then submitted, lest the caller send it again."""
     yield from chunks
     _signal.pthread_sigmask(_signal.SIG_BLOCK, _signal.valid_signals())
@@ -149,7 +153,7 @@ def _seen_through(chunks: Iterator[bytes]) -> Iterator[bytes]:
 def _recipients(call: options.Call, mail: message.Message) -> list[bytes]:
     found = []
     for word in call.recipients:
-        named = message.lexed(os.fsencode(word), "the arguments")
+        named = message.lexed(encoded(word), "the arguments")
         if not named:
             # Postfix would send it to its postmaster.
             raise Failure(DATAERR, f"nobody is named by the argument {word[:80]!r}")
@@ -170,7 +174,7 @@ def _sender(word: str | None) -> bytes | None:
     if word is None:
         return None
     try:
-        found = address.mailboxes(os.fsencode(word))
+        found = address.mailboxes(encoded(word))
     except address.Ambiguous as error:
         raise Failure(USAGE, f"bad envelope sender {word[:80]!r}: {error}") from None
     return found[0] if found else b""
@@ -178,7 +182,7 @@ def _sender(word: str | None) -> bytes | None:
 
 def _from(full_name: str, sender: bytes) -> bytes:
     """The value of a From: field for a message that has none."""
-    name = "".join(c for c in os.fsencode(full_name).decode("utf-8", "replace") if c.isprintable()).encode()
+    name = "".join(c for c in encoded(full_name).decode("utf-8", "replace") if c.isprintable()).encode()
     if name.isascii():
         # A line has at most 998 characters (RFC 5322 section 2.1.1), and the sender wants to be on it.
         name = name[:200]
@@ -197,34 +201,39 @@ def _login() -> bytes:
     import pwd
 
     try:
-        user = pwd.getpwuid(os.getuid()).pw_name
+        user = pwd.getpwuid(posix.getuid()).pw_name
     except KeyError:
-        user = f"uid{os.getuid()}"
-    return f"{user}@{os.uname().nodename}".encode("ascii", "replace")
+        user = f"uid{posix.getuid()}"
+    return f"{user}@{posix.uname().nodename}".encode("ascii", "replace")
 
 
 def _directory() -> bytes:
     try:
-        return os.getcwdb()
+        return posix.getcwdb()
     except OSError:
         return b""
 
 
 def _parent() -> bytes:
-    process = f"/proc/{os.getppid()}".encode()
+    process = f"/proc/{posix.getppid()}".encode()
     try:
-        return os.readlink(process + b"/exe")
+        return posix.readlink(process + b"/exe")
     except OSError:
         pass
     try:
         # A server that was root has let only its name be read.
-        fd = os.open(process + b"/comm", os.O_RDONLY)
+        fd = posix.open(process + b"/comm", posix.O_RDONLY)
         try:
-            return os.read(fd, 100).strip()
+            return posix.read(fd, 100).strip()
         finally:
-            os.close(fd)
+            posix.close(fd)
     except OSError:
         return b""
+
+
+def encoded(word: str) -> bytes:
+    """An argument as it was given."""
+    return word.encode(sys.getfilesystemencoding(), sys.getfilesystemencodeerrors())
 
 
 def _one_line(value: bytes) -> bytes:
@@ -235,7 +244,7 @@ def _one_line(value: bytes) -> bytes:
 
 def _read() -> bytes:
     try:
-        return os.read(0, READ_SIZE)
+        return posix.read(0, READ_SIZE)
     except OSError as error:
         raise Failure(IOERR, f"cannot read the message from standard input: {error.strerror}") from None
 
@@ -244,10 +253,10 @@ def _hold_standard_descriptors() -> None:
     """Keep 0, 1 and 2 from becoming a file of the spool where the caller has closed them."""
     for fd in (0, 1, 2):
         try:
-            os.fstat(fd)
+            posix.fstat(fd)
         except OSError:
             # 0 is opened for writing only, so that reading the message from it fails and says so.
-            os.open("/dev/null", os.O_WRONLY)
+            posix.open("/dev/null", posix.O_WRONLY)
 
 
 def _complain(sentence: str) -> None:
@@ -263,7 +272,7 @@ def _to_syslog(text: bytes) -> None:
 
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as log:
             # <20> is facility mail, severity warning (RFC 5424 section 6.2.1).
-            log.sendto(b"<20>secure-sendmail-enqueue[%d]: " % os.getpid() + text, "/dev/log")
+            log.sendto(b"<20>secure-sendmail-enqueue[%d]: " % posix.getpid() + text, "/dev/log")
     except (OSError, ImportError):
         pass
 
@@ -274,6 +283,6 @@ def _printable(sentence: str) -> bytes:
 
 def _write_error(line: bytes) -> None:
     try:
-        os.write(2, line)
+        posix.write(2, line)
     except OSError:
         pass

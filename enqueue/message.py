@@ -1,9 +1,11 @@
 """The message: line ends made one, header read once, recipients found, Bcc and forged tags taken out, ours put in."""
 
-from collections.abc import Callable, Iterator
-
 from enqueue import address
 from enqueue.failure import DATAERR, Failure
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 # Postfix refuses a header field above 102,400 bytes ("message header length exceeds safety limit").
 MAX_FIELD = 102_400
@@ -30,7 +32,7 @@ class Field:
         return self.raw.partition(b":")[2].replace(b"\n", b" ").replace(b"\r", b" ").strip(b" \t")
 
 
-def ended(read: Callable[[], bytes]) -> Iterator[bytes]:
+def ended(read: "Callable[[], bytes]") -> "Iterator[bytes]":
     """What READ returns until it is empty, with CRLF and CR CR LF as one LF; a missing last line end is added.
 
     A lone CR is still there, for recipients() to see.
@@ -57,7 +59,7 @@ def ended(read: Callable[[], bytes]) -> Iterator[bytes]:
         yield b"\n"
 
 
-def canonical(chunks: Iterator[bytes]) -> Iterator[bytes]:
+def canonical(chunks: "Iterator[bytes]") -> "Iterator[bytes]":
     """CHUNKS, whose lines are ended, with a lone CR as a line end too, and so without any CR.
 
     Done before anything looks at a field, so that no later reader sees a line that we did not see.
@@ -72,7 +74,7 @@ class Message:
     Raises Failure(DATAERR) for an empty input, an endless header, a NUL in the header.
     """
 
-    def __init__(self, read: Callable[[], bytes]) -> None:
+    def __init__(self, read: "Callable[[], bytes]") -> None:
         self._chunks = ended(read)
         data = b"".join(self._first_chunks())
         if not data:
@@ -84,7 +86,7 @@ class Message:
         # The blank line is ours to write: a header that ends in a line which is no field gets one too.
         self._rest = data[end:].removeprefix(b"\n")
 
-    def _first_chunks(self) -> Iterator[bytes]:
+    def _first_chunks(self) -> "Iterator[bytes]":
         """As many as a header may take."""
         size = 0
         for chunk in self._chunks:
@@ -113,7 +115,7 @@ class Message:
                 raise Failure(DATAERR, "a lone CR in the header: MTAs disagree on who gets the message")
         return found
 
-    def chunks(self, tag: list[tuple[bytes, bytes]], missing: list[tuple[bytes, bytes]]) -> Iterator[bytes]:
+    def chunks(self, tag: list[tuple[bytes, bytes]], missing: list[tuple[bytes, bytes]]) -> "Iterator[bytes]":
         """The message to be stored: TAG first and only ours, then those of MISSING that the header lacks, then the rest."""
         dropped = ALWAYS_DROPPED | {name.lower() for name, _ in tag}
         # A field with nothing in it is as good as none.

@@ -1,6 +1,6 @@
 """The command line, as sendmail's callers write it: POSIX order, joined and separate values, grouped flags."""
 
-import os
+import posix
 
 from enqueue.failure import USAGE, Failure
 
@@ -146,7 +146,7 @@ def _mode(mode: str) -> None:
     if mode == "s":
         # The caller waits for a 220 banner; without an answer it would hang.
         try:
-            os.write(1, b"421 SMTP on standard input is not offered; call with -t -i\r\n")
+            posix.write(1, b"421 SMTP on standard input is not offered; call with -t -i\r\n")
         except OSError:
             pass
     raise Failure(USAGE, f"mode -b{mode[:20]} is not offered: call with -t -i and the message on standard input")

@@ -11,6 +11,7 @@ import errno
 import functools
 import json
 import os
+import posix
 import signal
 import sqlite3
 import subprocess
@@ -120,6 +121,10 @@ def _be(main: Callable[[], None], request: dict[str, Any]) -> None:
         sys.argv = [request["program"], *request["words"]]
         _Counted(request).patch()
         exec(request["code"], {})
+        # enqueue does without the module os, and calls what that has from there.
+        for name in dir(posix):
+            if not name.startswith("_") and callable(getattr(os, name, None)):
+                setattr(posix, name, getattr(os, name))
         main()
         status = 0
     except SystemExit as end:

@@ -30,7 +30,7 @@ VHOST, OTHER = "www.a.example", "www.b.example"
 
 # Ends the process before the n-th of the calls that change a disk; prints how many there were if it lives.
 DIES = """
-import os, sys
+import posix, sys
 sys.path.insert(0, sys.argv.pop(1))
 left = int(sys.argv.pop(1))
 def dying(call):
@@ -38,11 +38,11 @@ def dying(call):
         global left
         left -= 1
         if not left:
-            os._exit(99)
+            posix._exit(99)
         return call(*args, **kwargs)
     return counted
 for name in ("open", "write", "fchmod", "fsync", "rename", "unlink"):
-    setattr(os, name, dying(getattr(os, name)))
+    setattr(posix, name, dying(getattr(posix, name)))
 """
 ENQUEUE = DIES + "from enqueue.main import main\nmain()\n"
 
@@ -118,7 +118,7 @@ def test_enqueue_told_to_end_behind_the_commit(tmp_path: Path, number: signal.Si
 
 # Notes the calls that durability rests on, with the descriptor where they have one.
 NOTES = """
-import os, sys
+import posix, sys
 sys.path.insert(0, sys.argv.pop(1))
 def noted(name, call):
     def note(*args, **kwargs):
@@ -128,13 +128,13 @@ def noted(name, call):
     return note
 calls = []
 for name in ("write", "rename", "fsync", "utime"):
-    setattr(os, name, noted(name, getattr(os, name)))
-end = os._exit
+    setattr(posix, name, noted(name, getattr(posix, name)))
+end = posix._exit
 def ended(status):
     sys.stdout.write("\\n".join(calls))
     sys.stdout.flush()
     end(status)
-os._exit = ended
+posix._exit = ended
 from enqueue.main import main
 main()
 """

@@ -467,7 +467,7 @@ def test_enqueue_loads_little(host: Host, imported: Callable[..., set[str]]) -> 
     loaded = imported(host, "user@a.example", "-t", "-i", message=message)
     assert stored(host)
     # The list is one, and has what must be loaded.
-    assert {"os", "enqueue.main"} <= loaded
+    assert {"posix", "enqueue.main"} <= loaded
     roots = {name.partition(".")[0] for name in loaded}
     assert not roots & FORBIDDEN
     assert not roots & {"releaser", "site", "watchdog", "pymysql", "click", "rich"}
@@ -479,12 +479,12 @@ def test_enqueue_modules_at_its_end(host: Host) -> None:
     stub = host.directory / "stub"
     # The shipped script, with one line in front: what is there when the process ends, by whatever way it ends.
     spy = (
-        "import os, sys\n"
-        "def tell(status, end=os._exit):\n"
-        f"    descriptor = os.open({str(report)!r}, os.O_WRONLY | os.O_CREAT, 0o600)\n"
-        "    os.write(descriptor, ' '.join(sys.modules).encode())\n"
+        "import posix, sys\n"
+        "def tell(status, end=posix._exit):\n"
+        f"    descriptor = posix.open({str(report)!r}, posix.O_WRONLY | posix.O_CREAT, 0o600)\n"
+        "    posix.write(descriptor, ' '.join(sys.modules).encode())\n"
         "    end(status)\n"
-        "os._exit = tell\n"
+        "posix._exit = tell\n"
     )
     stub.write_text(spy + ENQUEUE.read_text() + "\ntell(0)\n")
     run: Any = subprocess.run(

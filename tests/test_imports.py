@@ -124,6 +124,8 @@ SLOW = {
     "random",
     "datetime",
     "asyncio",
+    "collections",
+    "os",
 }
 
 

@@ -1,0 +1,83 @@
+"""enqueue as a whole process, started through `sh -c` as PHP does it, in turn with what else takes a mail there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from host import Host
+from measure import Bench, Run, spread, table
+from peers import Peer, Peers, installed
+
+VHOST = "www.a.example"
+# Bytes of text, and rounds one at a time and four at once; in a full run five times as many.
+SIZES = (("1 KB", 1 << 10, 40, 10), ("100 KB", 100 << 10, 15, 5), ("20 MB", 20 << 20, 3, 1))
+
+
+def measure(bench: Bench) -> None:
+    with Peers() as peers, Host() as host:
+        host.add(VHOST)
+        ours = f"{installed(peers.directory)} --spool {host.spool} {VHOST} -t -i"
+        everyone = [
+            peers.postfix(), Peer("secure-sendmail-enqueue", ours, [host.spool / "vhosts" / VHOST / "new"]),
+            peers.nullmailer(), peers.script(),
+        ]  # fmt: skip
+        message = peers.directory / "message"
+        for title, size, alone, together in SIZES:
+            line = b"x" * 75 + b"\n"
+            message.write_bytes(b"To: one@x.example\nFrom: two@x.example\nSubject: subject\n\n" + line * (size // len(line)))
+            for at_once, rounds in ((1, alone), (4, together)):
+                rounds *= 5 if bench.full else 1
+                print(f"  a message of {title}, {at_once} at a time, {rounds} rounds:")
+                _compare(bench, everyone, message, at_once, rounds, f"submit {title} x{at_once}")
+
+
+def _compare(bench: Bench, everyone: list[Peer], message: Path, at_once: int, rounds: int, key: str) -> None:
+    runs: dict[str, list[Run]] = {peer.name: [] for peer in everyone}
+    for number in range(rounds + 1):
+        for peer in everyone:
+            run = _start(peer, message, at_once)
+            # The first of each only warms up.
+            if number:
+                runs[peer.name].append(run)
+            _remove_mail(peer)
+    first = runs[everyone[0].name]
+    rows = []
+    for name, found in runs.items():
+        ratio = spread([run.wall / other.wall for run, other in zip(found, first, strict=True)])
+        wall, cpu = (spread([getattr(run, what) * 1000 for run in found]) for what in ("wall", "cpu"))
+        memory = max(run.memory for run in found)
+        rows.append([name, wall.text(".1f"), ratio.text(), f"{cpu.median:.1f}", f"{memory:.0f}"])
+        bench.note(f"{key}: {name}, ms", wall.median)
+        bench.note(f"{key}: {name}, times Postfix", ratio.median)
+        bench.note(f"{key}: {name}, MB", memory)
+    table(["", "wall ms, median (5..95 %)", "ratio pair by pair", "CPU ms", "peak MB"], rows)
+
+
+def _start(peer: Peer, message: Path, at_once: int) -> Run:
+    """So many at once, until all have ended; CPU is that of all, memory that of the largest process."""
+    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **peer.environment}
+    stdin = [(os.POSIX_SPAWN_OPEN, 0, str(message), os.O_RDONLY, 0)]
+    began = time.perf_counter()
+    pids = [
+        os.posix_spawn(
+            "/bin/sh", ["sh", "-c", peer.command], environment, file_actions=stdin, setsigdef=[signal.SIGPIPE, signal.SIGXFSZ]
+        )
+        for _ in range(at_once)
+    ]
+    ended = [os.wait4(pid, 0) for pid in pids]
+    wall = time.perf_counter() - began
+    assert not any(status for _, status, _ in ended), f"{peer.name} ended with {[status for _, status, _ in ended]}"
+    return Run(
+        wall,
+        sum(usage.ru_utime + usage.ru_stime for _, _, usage in ended),
+        max(usage.ru_maxrss for _, _, usage in ended) / 1024,
+    )
+
+
+def _remove_mail(peer: Peer) -> None:
+    for place in peer.places:
+        for entry in os.scandir(place):
+            os.unlink(entry.path)
