@@ -114,6 +114,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print ROWS below HEAD, the columns aligned."""
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     for row in (head, *rows):
-        cells = [cell.ljust(width) if n == 0 else cell.rjust(width) for n, (cell, width) in enumerate(zip(row, widths, strict=True))]
-        print("  " + "  ".join(cells).rstrip())
+        numbers = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        print("  " + "  ".join([row[0].ljust(widths[0]), *numbers]).rstrip())
     print(flush=True)

@@ -89,13 +89,12 @@ class Peers:
         for name in ("queue/queue", "queue/tmp", "conf"):
             (root / name).mkdir(parents=True)
         os.mkfifo(root / "queue/trigger")
-        for name in ("me", "defaultdomain", "defaulthost", "idhost"):
-            (root / "conf" / name).write_text("mta.test\n")
+        # Debian's reads this one beside the directory of the others.
+        (root / "mailname").write_text("mta.test\n")
         # Root needs no set-uid bit, and with it the program would not look at its environment.
         (root / "sbin/nullmailer-queue").chmod(0o755)
-        return Peer(
-            "nullmailer sendmail -t -i", f"{root}/sbin/sendmail -t -i", [root / "queue/queue"], {"NULLMAILER_TEST_PREFIX": str(root)}
-        )
+        environment = {"NULLMAILER_TEST_PREFIX": str(root)}
+        return Peer("nullmailer sendmail -t -i", f"{root}/sbin/sendmail -t -i", [root / "queue/queue"], environment)
 
     def script(self) -> Peer:
         path = self.directory / "mysql.py"

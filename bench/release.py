@@ -13,7 +13,7 @@ from host import Host, smtp, text
 from mariadb import PASSWORD, MariaDB
 from measure import Bench, cpu_of_group, resident_of_group, spread, table
 from servers import HOST, POSTFIX, SINK_USER, Postfix, Sink, _is_listening
-from spool import submit, submit_to_postfix
+from spool import add_vhosts, submit, submit_to_postfix
 
 VHOSTS = [f"www.v{number}.example" for number in range(20)]
 MESSAGES, ROUNDS, ROUNDS_IN_FULL = 5_000, 2, 7
@@ -100,7 +100,7 @@ def _postfix() -> Rate:
 
 def _releaser(log: MariaDB | None = None) -> Rate:
     with Counter() as sink, Host(mta=smtp(sink.port), extra=log_section(log) if log else "") as host:
-        host.add(*VHOSTS)
+        add_vhosts(host, VHOSTS)
         if log:
             make_tables(host, log)
         for vhost in VHOSTS:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import posix
 import random
 import sys
 import time
@@ -125,13 +126,13 @@ def _words(data: bytes) -> None:
 
     words = [os.fsdecode(word) for word in data.split(b"\0")]
     # The answer of -bs goes to standard output, which is not looked at here.
-    write, os.write = os.write, lambda fd, text: len(text)
+    write, posix.write = posix.write, lambda fd, text: len(text)
     try:
         options.parse(words)
     except Failure as failure:
         assert failure.status == USAGE
     finally:
-        os.write = write
+        posix.write = write
 
 
 def _addresses(data: bytes) -> None:

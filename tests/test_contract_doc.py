@@ -1,6 +1,7 @@
 """spool_layout.md == writer == reader, in both directions, and proof that the comparison can fail."""
 
 import os
+import posix
 import re
 import stat
 import subprocess
@@ -66,9 +67,9 @@ def envelope_keys(text: str, _tmp: Path) -> tuple[object, object]:
 
 def envelope_written(text: str, _tmp: Path) -> tuple[object, object]:
     call = options.parse(["-N", "never", "a.example"])
-    os.environ["SCRIPT_FILENAME"] = "/page.php"
+    posix.environ[b"SCRIPT_FILENAME"] = b"/page.php"
     written = writer.envelope(call, b"s@x", [b"r@x"], 1.0, b"<1@x>", b"script").decode()
-    del os.environ["SCRIPT_FILENAME"]
+    del posix.environ[b"SCRIPT_FILENAME"]
     keys = [line.split(":")[0] for line in written.splitlines() if line]
     return [r[0] for r in page.table(text, "envelope") if r[1] == "enqueue"], keys
 
@@ -137,12 +138,12 @@ def names(text: str, _tmp: Path) -> tuple[object, object]:
 
 # The writer's process with its clock, pid and caller fixed; everything else is as it is installed.
 FIXED = """
-import os, sys, time
+import posix, sys, time
 sys.path.insert(0, sys.argv.pop(1))
 from enqueue import main
 time.time = lambda: 1795376167.011099
-os.getpid, os.getuid = lambda: 3395, lambda: 33
-random, os.urandom = os.urandom, lambda n: bytes.fromhex("2bad27e5dbb62169d779a57a")
+posix.getpid, posix.getuid = lambda: 3395, lambda: 33
+random, posix.urandom = posix.urandom, lambda n: bytes.fromhex("2bad27e5dbb62169d779a57a")
 main._directory, main._parent = lambda: b"/var/www/a", lambda: b"/usr/bin/php8.2"
 main.main()
 """

@@ -6,6 +6,7 @@ before and behind it. What all scenarios together did must be what the page says
 
 import errno
 import os
+import posix
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,7 +47,10 @@ class Spool:
         self.configure(f"maildir:{root}/mail")
         assert run(["--config", str(self.file), "vhost", "add", VHOST]) == 0
         for name in ("open", "rename", "unlink"):
-            monkeypatch.setattr(os, name, self._recorded(name, getattr(os, name)))
+            recorded = self._recorded(name, getattr(os, name))
+            # enqueue calls the same without the module os.
+            monkeypatch.setattr(os, name, recorded)
+            monkeypatch.setattr(posix, name, recorded)
         monkeypatch.setattr(handover, "MESSAGE_BACKOFF", (0, 0))
 
     def configure(self, url: str, limit: str = "unlimited", extra: str = "") -> None:
