@@ -12,7 +12,7 @@ DOCUMENTATION = $(DESTDIR)$(PREFIX)/share/doc/php-secure-sendmail
 # As systemd spells the path of the spool.
 SPOOL_MOUNT = var-spool-php\x2dsecure\x2dsendmail.mount
 
-.PHONY: venv install uninstall run test test-quick fuzz soak lint lock clean
+.PHONY: venv install uninstall run test test-quick fuzz soak bench lint lock clean
 
 venv: .venv/runtime
 
@@ -99,6 +99,11 @@ fuzz: .venv/fuzz
 soak: .venv/development
 	@bash tests/packages.sh
 	@SOAK_SEED=$(or $(SEED),random) SOAK_MINUTES=$(MINUTES) sh tests/mounts.sh $(BIN)/python -m pytest -s tests/test_e2e_soak.py
+
+# Beside its peers on this machine, in about five minutes; SCALE=full is the long one. As root.
+bench: .venv/development
+	@bash tests/packages.sh nullmailer:usr/sbin/nullmailer-queue time:usr/bin/time
+	@$(BIN)/python bench $(if $(filter full,$(SCALE)),--full) $(ONLY)
 
 .venv/fuzz: .venv/development requirements-fuzz.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-fuzz.lock

@@ -14,11 +14,10 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True)
 class Run:
-    """One process and all that it has started, from fork to exit: seconds, seconds of CPU, and peak memory in MB."""
+    """Processes and all that they have started, from fork to exit: seconds, and seconds of CPU."""
 
     wall: float
     cpu: float
-    memory: float
 
 
 @dataclass

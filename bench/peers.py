@@ -20,6 +20,7 @@ from mariadb import PASSWORD, MariaDB
 from servers import LIBRARIES, POSTFIX, Postfix
 
 NULLMAILER = POSTFIX.parent / "nullmailer"
+TIME = POSTFIX.parent / "time/usr/bin/time"
 # Debian's own interpreter, which an installation has.
 PYTHON = "/usr/bin/python3"
 
@@ -53,8 +54,8 @@ class Peers:
     """All of them, as long as the context lasts."""
 
     def __init__(self) -> None:
-        missing = [str(path) for path in (POSTFIX, NULLMAILER) if not path.is_dir()]
-        assert not missing, f"{', '.join(missing)}: not there; run: bash tests/packages.sh nullmailer:usr/sbin/nullmailer-queue"
+        missing = [str(path) for path in (POSTFIX, NULLMAILER, TIME) if not path.exists()]
+        assert not missing, f"{', '.join(missing)}: not there; make bench gets it"
         self.directory = Path(tempfile.mkdtemp(prefix="pss-peers-", dir="/tmp"))
         self._postfix = Postfix(1, message_size_limit=0)
         self._database = MariaDB()

@@ -14,14 +14,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import BinaryIO
 
-from releaser import envelope, layout, maillog, mailqueue, mta, pickup, poison, startup
+from releaser import envelope, layout, maillog, mailqueue, mta, pickup, poison, sender, startup
 from releaser.batch import Batch
 from releaser.door import Door
 from releaser.ledger import ACTIVE, DONE, FAILED, HELD, Ledger, Row, utc
 from releaser.limits import Account
 from releaser.maildrops import Maildrops
 from releaser.maillog import LOG
-from releaser.mta import Job, Kind, Outcome, Senders, Unreachable
+from releaser.mta import Job, Kind, Outcome, Unreachable
 from releaser.room import Room
 
 # So much is begun ahead of the sessions: what they have taken in so many seconds lately, messages and bytes at most. Ahead,
@@ -78,7 +78,7 @@ class HandOver:
         """GIVE_UP: seconds until a deferred message is put into failed/."""
         self._wake = wake
         self._results: mta.Results = mta.Results()
-        self.senders = Senders(mta_url, wake, self._results)
+        self.senders = sender.start(mta_url, wake, self._results)
         self.give_up = give_up
         # Maildrops with messages in flight, and how many. The senders keep these in order.
         self.busy: Counter[str] = Counter()
@@ -154,7 +154,7 @@ class HandOver:
         self.senders.give_back()
         self.senders.stop()
         self._alone |= self.busy.keys()
-        self.senders = Senders(url, self._wake, self._results)
+        self.senders = sender.start(url, self._wake, self._results)
         self._down_until = self._backoff = 0.0
 
     def carry_over(self, old: str, new: str) -> None:
@@ -256,7 +256,7 @@ class HandOver:
             row.source = None
         again = bool(row.attempt_open)
         row.attempts += 1
-        self.begin(batch, Flight(row, head, partial(self.open, queue_id), ascii_only, again=again))
+        self.begin(batch, Flight(row, head, self.in_active(queue_id), ascii_only, again=again))
 
     def stopped(self, row: Row) -> str | None:
         """Why ROW is to be held whatever its limits say: its vhost was stopped, or the maildrop that it came from."""
@@ -283,9 +283,9 @@ class HandOver:
         batch.then(partial(startup.place, self._spool, row))
         LOG.warning(maillog.held(row.queue_id, row.vhost, len(row.remaining), reason))
 
-    def open(self, queue_id: str) -> BinaryIO:
-        """The message of a file in active/. Raises what mailqueue.read() does."""
-        return mailqueue.read(layout.path(self._spool, "active", queue_id))[1]
+    def in_active(self, queue_id: str) -> Callable[[], BinaryIO]:
+        """What opens the message of a file in active/, in another process, too. It raises what mailqueue.read() does."""
+        return partial(mailqueue.message, layout.path(self._spool, "active", queue_id))
 
     def take_results(self, batch: Batch) -> None:
         """Write down what the senders have said meanwhile."""

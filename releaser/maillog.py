@@ -80,6 +80,10 @@ def mta_down(words: str, seconds: float) -> str:
     return f"no connection to the MTA, mail waits next_try={seconds:.0f}s reason={words!r}"
 
 
+def sender_lost(words: str) -> str:
+    return f"{words}; what it had begun is tried again"
+
+
 def mta_up() -> str:
     return "the MTA is back"
 

@@ -79,14 +79,20 @@ def read(path: str) -> tuple[envelope.Envelope, BinaryIO]:
     return found, stream
 
 
-def move(spool: str, queue_id: str, source: str, target: str) -> None:
-    """Rename a message from SOURCE to TARGET; done already is fine."""
+def message(path: str) -> BinaryIO:
+    """The message of a file, as read() gives it."""
+    return read(path)[1]
+
+
+def move(spool: str, queue_id: str, source: str, target: str, sync: bool = True) -> None:
+    """Rename a message from SOURCE to TARGET; done already is fine. Where it is not to SYNC, its caller does, for many."""
     try:
         os.rename(layout.path(spool, source, queue_id), layout.path(spool, target, queue_id))
     except FileNotFoundError:
         if not os.path.exists(layout.path(spool, target, queue_id)):
             raise
-    sync_directory(f"{spool}/{target}")
+    if sync:
+        sync_directory(f"{spool}/{target}")
 
 
 def remove(spool: str, queue: str, queue_id: str) -> None:

@@ -358,9 +358,13 @@ class Senders:
 
     def stop(self) -> None:
         """Let the threads end when their jobs are done."""
-        self._ending = True
+        with self._lock:
+            self._ending = True
         for _ in self._threads:
             self._turn.put(None)
+
+    def flush(self) -> None:
+        """Everything has been handed to the threads already."""
 
     def join(self) -> None:
         for thread in self._threads:
@@ -389,11 +393,11 @@ class Senders:
             if name is None:
                 session.close()
                 return
-            while self._next(session, name) and self._ending:
+            while self._next(session, name):
                 pass
 
     def _next(self, session: Session, name: str) -> bool:
-        """Do the next job of the maildrop NAME; whether there is another, which has its turn then."""
+        """Do the next job of the maildrop NAME; whether this thread has to do another, since no other will."""
         with self._lock:
             waiting = self._waiting[name]
             if not waiting:
@@ -412,10 +416,9 @@ class Senders:
         with self._lock:
             if not waiting:
                 del self._waiting[name]
-                return False
-        if not self._ending:
-            self._turn.put(name)
-        return True
+            elif not self._ending:
+                self._turn.put(name)
+            return bool(waiting) and self._ending
 
     def _do(self, session: Session, job: Job) -> Result:
         try:

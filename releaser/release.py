@@ -34,7 +34,7 @@ from releaser.config import Config, VhostSettings
 from releaser.door import Door, Key
 from releaser.handover import Flight, HandOver, verified
 from releaser.incidents import Incidents
-from releaser.ledger import ACTIVE, HELD, TRASHED, Ledger, Row
+from releaser.ledger import ACTIVE, FAILED, HELD, TRASHED, Ledger, Row
 from releaser.maildrops import Maildrops
 from releaser.maillog import LOG
 from releaser.room import PAUSE, Room
@@ -48,6 +48,8 @@ LAST_TRIES = 30
 # Seconds after which the ledger is told the time, also where nothing else is written: by that it sees that the machine was
 # started anew.
 KEEPING = 3600
+# Where a decision brings a message.
+PLACE = {ACTIVE: "active", HELD: "hold", TRASHED: "trash", FAILED: "failed"}
 # Accounts that are kept in memory from scan to scan.
 MOST_ACCOUNTS = 20_000
 # Incidents at once of vhosts that nobody has configured.
@@ -294,6 +296,7 @@ class Releaser:
                 self._late = True
                 return False
             self._unwritten.pop(0)
+            self._handover.senders.flush()
         if self._late:
             # An account that was built meanwhile knows only half of what was under way.
             self._late, self._accounts = False, {}
@@ -590,8 +593,7 @@ class Releaser:
             flight = Flight(row, submitted.envelope, partial(io.BytesIO, data), data.isascii(), submitted, again)
         else:
             ascii_only = self._store(row, submitted, "active")
-            message = partial(self._handover.open, row.queue_id)
-            flight = Flight(row, submitted.envelope, message, ascii_only, submitted, again)
+            flight = Flight(row, submitted.envelope, self._handover.in_active(row.queue_id), ascii_only, submitted, again)
         self._handover.begin(batch, flight)
 
     def _store(self, row: Row, submitted: pickup.Submitted, target: str) -> bool:
@@ -637,11 +639,13 @@ class Releaser:
                 LOG.error(maillog.undecided(row.queue_id, row.vhost, error), exc_info=True)
             else:
                 batch.add(part)
+        for target in {PLACE[row.state] for row in decided}:
+            batch.then(partial(mailqueue.sync_directory, f"{self._spool}/{target}"))
 
     def _carry_out(self, batch: Batch, row: Row) -> None:
         decision, actor = row.decision or "", row.actor or ""
         row.executed_at = ledger.utc(time.time())
-        batch.then(partial(startup.place, self._spool, row))
+        batch.then(partial(startup.place, self._spool, row, sync=False))
         if not row.remaining:
             # What the MTA has refused is told to it again.
             row.remaining, row.refused = row.concerned, []

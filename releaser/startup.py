@@ -39,15 +39,18 @@ def take_up(spool: str, book: Ledger, alive: Callable[[], None] = lambda: None) 
     return _unfinished(spool, book)
 
 
-def place(spool: str, row: Row) -> None:
-    """Let the file of ROW lie where its state says: a crash can come between a commit and the rename behind it."""
+def place(spool: str, row: Row, sync: bool = True) -> None:
+    """Let the file of ROW lie where its state says: a crash can come between a commit and the rename behind it.
+
+    The ledger says so for good; without SYNC the caller makes the rename durable, together with others.
+    """
     source, target = {HELD: ("trash", "hold"), TRASHED: ("hold", "trash"), ACTIVE: ("hold", "active")}[row.state]
     # Its vhost may have been stopped while it waited for the MTA; and what the MTA has refused can be decided, too.
     other = "active" if row.state == HELD else "failed"
     if os.path.exists(layout.path(spool, other, row.queue_id)):
         source = other
     try:
-        mailqueue.move(spool, row.queue_id, source, target)
+        mailqueue.move(spool, row.queue_id, source, target, sync)
     except FileNotFoundError as error:
         missing = f"its file is missing: {error.strerror}; run: secure-sendmail check"
         LOG.error(maillog.unknown(row.queue_id, row.vhost, missing))

@@ -148,6 +148,7 @@ class _Counted:
         self._notes = f"{request['notes']}.calls"
         self._open, self._write, self._close, self._listdir = os.open, os.write, os.close, os.listdir
         self._number = 0
+        self._process = os.getpid()
 
     def patch(self) -> None:
         from pymysql.connections import Connection
@@ -155,6 +156,7 @@ class _Counted:
         from releaser.handover import HandOver
         from releaser.ledger import Ledger
         from releaser.mta import Senders
+        from releaser.sender import Process
 
         for name in CHANGES:
             setattr(os, name, self._watched(name, getattr(os, name), lambda *_, **__: True))
@@ -163,7 +165,7 @@ class _Counted:
         os.open = self._watched("open", os.open, lambda _path, flags, *_, **__: self._who == "enqueue" or flags & writes)
         builtins.open = self._watched("open", open, lambda _path, mode="r", *_, **__: mode[0] in "wxa")
         # What the MTA is given, and what it has said.
-        for owner, name in ((Senders, "send"), (HandOver, "_outcome"), (HandOver, "_not_begun")):
+        for owner, name in ((Senders, "send"), (Process, "send"), (HandOver, "_outcome"), (HandOver, "_not_begun")):
             setattr(owner, name, self._watched(name, getattr(owner, name), lambda *_, **__: isinstance(self._how, str)))
         if isinstance(self._how, str):
             # What MySQL is asked.
@@ -173,6 +175,9 @@ class _Counted:
             Ledger.transaction = self._watched("transaction", Ledger.transaction, lambda *_: True)  # type: ignore[method-assign]
 
     def _count(self, name: str) -> None:
+        if os.getpid() != self._process:
+            # The process that talks to the MTA, which ends with this one.
+            return
         self._number += 1
         self._note(name)
         if self._number != self._at:

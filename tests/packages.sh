@@ -1,5 +1,5 @@
 #!/bin/bash
-# Makes sure that everything `make test` needs is on this Debian machine.
+# Makes sure that everything `make test` needs is on this Debian machine, and what is named as PACKAGE:PROGRAM, unpacked.
 # Says nothing when there is nothing to do.
 set -eu
 umask 022
@@ -17,7 +17,7 @@ needed=(php-cli python3-watchdog python3-click python3-rich python3-pymysql mari
 # only unpacked into the cache. Each with one of its programs, whose libraries tell whether the packages it depends on are
 # there; without a program where it shall do without them.
 unpacked=(postfix:usr/lib/postfix/sbin/smtpd exim4-daemon-light:usr/sbin/exim4 bsd-mailx:usr/bin/bsd-mailx cron:usr/sbin/cron
-    wordpress:)
+    wordpress: "$@")
 
 download=
 

@@ -163,7 +163,7 @@ def sync_fails(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patch, pytest.raises(Failure):
-        patch.setattr(os, "fsync", broken)
+        patch.setattr(posix, "fsync", broken)
         spool.submit()
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import sys
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 from rich.console import Console
@@ -21,21 +22,29 @@ def console(target: io.StringIO) -> Console:
     return Console(file=target, force_terminal=terminal, markup=False, highlight=False, emoji=False, width=width)
 
 
+# So many rows can be made ready before anybody notices that he waits.
+PAGE = 100
+
+
 def table(columns: list[str], rows: Iterable[list[object]], empty: str) -> None:
-    """Print ROWS, or the sentence EMPTY where there are none."""
-    made = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        made.add_column(column, overflow="fold")
-    count = 0
-    for row in rows:
-        count += 1
-        made.add_row(*[Text(visible(str(value))) for value in row])
-    if count:
+    """Print ROWS, or the sentence EMPTY where there are none. There may be many: each PAGE is printed as it comes, its
+    columns as wide as it needs."""
+    waiting = iter(rows)
+    page = list(islice(waiting, PAGE))
+    if not page:
+        say(empty)
+    header = True
+    while page:
+        made = Table(box=None, pad_edge=False, header_style="bold", show_header=header)
+        for column in columns:
+            made.add_column(column, overflow="fold")
+        for row in page:
+            made.add_row(*[Text(visible(str(value))) for value in row])
         rendered = io.StringIO()
         console(rendered).print(made)
         sys.stdout.write(rendered.getvalue())
-    else:
-        say(empty)
+        sys.stdout.flush()
+        page, header = list(islice(waiting, PAGE)), False
 
 
 def say(sentence: str) -> None:

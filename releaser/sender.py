@@ -1,0 +1,180 @@
+"""The senders in a process of their own: talking to the MTA takes no time from the engine, nor waits for it."""
+
+import os
+import pickle
+import queue
+import signal
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from releaser import maillog
+from releaser.maillog import LOG
+from releaser.mta import Job, Kind, Outcome, Result, Results, Senders
+
+_LENGTH = struct.Struct("!I")
+# Seconds until a process that has ended by itself is made again.
+AGAIN = 1
+# More descriptors than any process has.
+DESCRIPTORS = 1 << 20
+
+
+def start(url: str, wake: Callable[[], None], results: Results) -> "Senders | Process":
+    """Senders for the MTA at URL: threads where these only wait for another program or the disk, else a process."""
+    return Process(url, wake, results) if url.startswith("smtp:") else Senders(url, wake, results)
+
+
+class Process:
+    """A child with Senders, which are used as if they were here. It has no file of ours but the messages it is given, and
+    ends with us, however we end: at once, since the other end of its socket is closed then."""
+
+    def __init__(self, url: str, wake: Callable[[], None], results: Results) -> None:
+        """As those of Senders."""
+        self.url = url
+        self.max_size, self.pace = 0, float("inf")
+        self._wake, self._results = wake, results
+        self._jobs: dict[str, Job] = {}
+        # What is sent with the next flush().
+        self._waiting: list[Job] = []
+        self._ending = False
+        self._start()
+        self._reader = threading.Thread(target=self._read, name="sender", daemon=True)
+        self._reader.start()
+
+    def _start(self) -> None:
+        self._socket, theirs = socket.socketpair()
+        self._pid = os.fork()
+        if not self._pid:
+            _work(theirs, self.url)
+        theirs.close()
+
+    def send(self, job: Job) -> None:
+        """Let JOB be sent behind the next flush()."""
+        self._jobs[job.queue_id] = job
+        self._waiting.append(job)
+
+    def flush(self) -> None:
+        """Hand over what waits for that."""
+        if self._waiting:
+            jobs, self._waiting = self._waiting, []
+            self._tell(jobs)
+
+    def give_back(self, result: Result = None) -> None:
+        """Let RESULT be that of all jobs that no session has begun with."""
+        self._tell(("give back", result))
+
+    def stop(self) -> None:
+        """Let the child end when its jobs are done."""
+        self.flush()
+        self._ending = True
+        self._tell(None)
+
+    def join(self) -> None:
+        self._reader.join()
+
+    def _tell(self, what: Any) -> None:
+        try:
+            _send(self._socket, what)
+        except OSError:
+            # It has ended; the reader sees to its jobs.
+            pass
+
+    def _read(self) -> None:
+        while True:
+            told = _receive(self._socket)
+            if told is None:
+                self._socket.close()
+                os.waitpid(self._pid, 0)
+                if self._ending:
+                    return
+                self._lost()
+                continue
+            done, self.pace, self.max_size = told
+            for queue_id, result in done:
+                self._results.put((self._jobs.pop(queue_id), result))
+            self._wake()
+
+    def _lost(self) -> None:
+        """It was killed: nobody knows what has become of its jobs."""
+        words = "the process that talks to the MTA has ended"
+        LOG.error(maillog.sender_lost(words))
+        time.sleep(AGAIN)
+        self._start()
+        for job in [self._jobs.pop(queue_id) for queue_id in list(self._jobs)]:
+            self._results.put((job, [Outcome(recipient, Kind.UNKNOWN, words) for recipient in job.recipients]))
+        self._wake()
+
+
+def _work(parent: socket.socket, url: str) -> None:
+    """The child; does not return."""
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        os.closerange(3, parent.fileno())
+        os.closerange(parent.fileno() + 1, DESCRIPTORS)
+        # None is behind the last.
+        results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        senders = Senders(url, lambda: None, results)
+        writer = threading.Thread(target=_write, args=(parent, senders, results), daemon=True)
+        writer.start()
+        while (told := _receive(parent, default=())) is not None:
+            if told == ():
+                # The parent has ended, and what it has begun is the next one's.
+                os._exit(os.EX_OK)
+            if isinstance(told, list):
+                for job in told:
+                    senders.send(job)
+            else:
+                senders.give_back(told[1])
+        senders.stop()
+        senders.join()
+        results.put(None)
+        writer.join()
+    finally:
+        os._exit(os.EX_OK)
+
+
+def _write(parent: socket.socket, senders: Senders, results: queue.SimpleQueue[Any]) -> None:
+    """Pass on the results, as many at once as there are."""
+    while True:
+        found = [results.get()]
+        try:
+            while True:
+                found.append(results.get_nowait())
+        except queue.Empty:
+            pass
+        done = [(each[0].queue_id, each[1]) for each in found if each is not None]
+        try:
+            _send(parent, (done, senders.pace, senders.max_size))
+        except OSError:
+            # The parent has ended, which the other thread hears of.
+            return
+        if found[-1] is None:
+            return
+
+
+def _send(target: socket.socket, what: Any) -> None:
+    data = pickle.dumps(what, pickle.HIGHEST_PROTOCOL)
+    target.sendall(_LENGTH.pack(len(data)) + data)
+
+
+def _receive(source: socket.socket, default: Any = None) -> Any:
+    """What _send() has sent; DEFAULT where the other side has ended."""
+    try:
+        head = source.recv(_LENGTH.size, socket.MSG_WAITALL)
+        if len(head) < _LENGTH.size:
+            return default
+        (length,) = _LENGTH.unpack(head)
+        data = bytearray(length)
+        view = memoryview(data)
+        while view:
+            count = source.recv_into(view)
+            if not count:
+                return default
+            view = view[count:]
+        return pickle.loads(data)
+    except OSError:
+        return default
