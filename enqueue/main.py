@@ -268,11 +268,12 @@ def _complain(sentence: str) -> None:
 
 def _to_syslog(text: bytes) -> None:
     try:
-        import socket
+        # The module behind `socket`, which takes longer to load than everything else, and memory that there may not be.
+        import _socket
 
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as log:
-            # <20> is facility mail, severity warning (RFC 5424 section 6.2.1).
-            log.sendto(b"<20>secure-sendmail-enqueue[%d]: " % posix.getpid() + text, "/dev/log")
+        log = _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM | _socket.SOCK_NONBLOCK)
+        # <20> is facility mail, severity warning (RFC 5424 section 6.2.1). The end of the process closes it.
+        log.sendto(b"<20>secure-sendmail-enqueue[%d]: " % posix.getpid() + text, "/dev/log")
     except (OSError, ImportError):
         pass
 
