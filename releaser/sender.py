@@ -36,9 +36,11 @@ class Process:
         self.url = url
         self.max_size, self.pace = 0, float("inf")
         self._wake, self._results = wake, results
-        self._jobs: dict[str, Job] = {}
-        # What is sent with the next flush().
+        # What is sent with the next flush(), and what was, until there is a result.
         self._waiting: list[Job] = []
+        self._jobs: dict[str, Job] = {}
+        # One child at a time has the jobs.
+        self._lock = threading.Lock()
         self._ending = False
         self._start()
         self._reader = threading.Thread(target=self._read, name="sender", daemon=True)
@@ -53,24 +55,27 @@ class Process:
 
     def send(self, job: Job) -> None:
         """Let JOB be sent behind the next flush()."""
-        self._jobs[job.queue_id] = job
         self._waiting.append(job)
 
     def flush(self) -> None:
         """Hand over what waits for that."""
         if self._waiting:
             jobs, self._waiting = self._waiting, []
-            self._tell(jobs)
+            with self._lock:
+                self._jobs.update((job.queue_id, job) for job in jobs)
+                self._tell(jobs)
 
     def give_back(self, result: Result = None) -> None:
         """Let RESULT be that of all jobs that no session has begun with."""
-        self._tell(("give back", result))
+        with self._lock:
+            self._tell(("give back", result))
 
     def stop(self) -> None:
         """Let the child end when its jobs are done."""
         self.flush()
-        self._ending = True
-        self._tell(None)
+        with self._lock:
+            self._ending = True
+            self._tell(None)
 
     def join(self) -> None:
         self._reader.join()
@@ -88,13 +93,15 @@ class Process:
             if told is None:
                 self._socket.close()
                 os.waitpid(self._pid, 0)
-                if self._ending:
+                if self._ending and not self._jobs:
                     return
                 self._lost()
-                continue
-            done, self.pace, self.max_size = told
-            for queue_id, result in done:
-                self._results.put((self._jobs.pop(queue_id), result))
+            else:
+                done, self.pace, self.max_size = told
+                with self._lock:
+                    found = [(self._jobs.pop(queue_id), result) for queue_id, result in done]
+                for each in found:
+                    self._results.put(each)
             self._wake()
 
     def _lost(self) -> None:
@@ -102,10 +109,13 @@ class Process:
         words = "the process that talks to the MTA has ended"
         LOG.error(maillog.sender_lost(words))
         time.sleep(AGAIN)
-        self._start()
-        for job in [self._jobs.pop(queue_id) for queue_id in list(self._jobs)]:
+        with self._lock:
+            jobs, self._jobs = self._jobs, {}
+            self._start()
+            if self._ending:
+                self._tell(None)
+        for job in jobs.values():
             self._results.put((job, [Outcome(recipient, Kind.UNKNOWN, words) for recipient in job.recipients]))
-        self._wake()
 
 
 def _work(parent: socket.socket, url: str) -> None:

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from host import Host, smtp, subject, text
@@ -383,6 +384,27 @@ def test_smtp_killed_behind_the_final_dot() -> None:
             assert host.ls() == []
             # Counted once.
             assert [window["used"] for window in host.json("limits", "show", VHOST)["windows"]] == [1]
+
+
+def test_smtp_process_of_the_senders_is_killed() -> None:
+    """kill -9 of the process that talks to the MTA: mail goes on in another, and what nobody knows of is sent again and told."""
+    with Sink(options=["-W", ".:30"]) as sink, Host(mta=smtp(sink.port)) as host:
+        host.add(VHOST)
+        with host.running():
+            host.send(VHOST, message=text("one@x.example", subject="twice"))
+            sink.wait(1)
+            (child,) = Path(f"/proc/{host.pid}/task/{host.pid}/children").read_text().split()
+            os.kill(int(child), signal.SIGKILL)
+            host.wait_for_row("deferred")
+            sink.stop()
+            sink.options = []
+            sink.start()
+            host.send(VHOST, message=text("one@x.example", subject="next"))
+            sink.wait(3)
+            host.wait_until_idle()
+            assert sorted(subject(message.data) for message in sink.messages()) == ["next", "twice", "twice"]
+            assert len(host.rows("retried")) == 1
+            assert host.ls() == []
 
 
 def test_smtp_frozen_server(sink: Sink) -> None:
