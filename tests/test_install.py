@@ -62,7 +62,7 @@ class Service:
     @property
     def pid(self) -> str:
         """Its number in there."""
-        found = self._root.run("pgrep", "-u", self.unit["User"], "-f", self.unit["ExecStart"]).stdout.split()
+        found = self._root.run("pgrep", "-o", "-u", self.unit["User"], "-f", self.unit["ExecStart"]).stdout.split()
         assert len(found) == 1
         return found[0]
 
