@@ -1,6 +1,5 @@
 """The vhost's maildrop: the steps that make a message durable, and the bell that says so. Rows: spool_layout.md."""
 
-import errno
 import posix
 
 from enqueue.failure import CANTCREAT, CONFIG, IOERR, NOPERM, UNAVAILABLE, Failure
@@ -72,6 +71,8 @@ class Maildrop:
         try:
             self._gate = self._open(vhost)
         except OSError as error:
+            import errno
+
             if error.errno == errno.EACCES:
                 raise self._closed() from None
             if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
@@ -158,6 +159,8 @@ class Maildrop:
         try:
             return posix.open(temporary, flags, 0o600, dir_fd=self._gate)
         except OSError as error:
+            import errno
+
             if error.errno == errno.EACCES and not self._may_enter():
                 raise self._closed() from None
             raise Failure(CANTCREAT, f"cannot create {temporary} of {self.vhost}: {error.strerror}") from None
