@@ -127,6 +127,10 @@ class HandOver:
         most = max(self._depth // mta.SESSIONS, 1)
         return {name for name, count in self.busy.items() if count >= most or name in self._alone}
 
+    def wait_for(self, name: str) -> None:
+        """Let no other message of the maildrop NAME be begun until nothing of it is in flight."""
+        self._alone.add(name)
+
     @property
     def _depth(self) -> int:
         """How many messages may be in flight."""

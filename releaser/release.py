@@ -56,6 +56,10 @@ MOST_ACCOUNTS = 20_000
 MADE_UP = 50
 
 
+class InTurn(Exception):
+    """A message is held only behind all that is in flight of its maildrop: what comes back from there may make room."""
+
+
 class ShutOut(Exception):
     """The door of this vhost is closed: its mail stays in new/."""
 
@@ -359,6 +363,9 @@ class Releaser:
                 self._take(batch, vhost, name)
             except ShutOut:
                 self._drops.shut_out(vhost, name)
+            except InTurn:
+                self._drops.give_back(vhost, name)
+                self._handover.wait_for(vhost)
             except pickup.NotYet as error:
                 if not self._drops.remove_name(vhost, name):
                     self._drops.leave(vhost, name, str(error))
@@ -438,6 +445,8 @@ class Releaser:
         settings = self._settings(row.vhost)
         reason, excess = self._verdict(submitted, row)
         held = bool(reason) and not (excess and settings.over_limit == "observe")
+        if held and row.maildrop in self._handover.busy:
+            raise InTurn(row.vhost)
         if held:
             self._hold(batch, row, submitted, reason)
         if excess is not None:

@@ -239,7 +239,7 @@ def test_ended_before_each_statement(server: MariaDB, tmp_path: Path) -> None:
         for name in ("a", "b", "c"):
             site.send(name)
         assert site.run(site.releaser()).status == 0
-        assert sorted(row[0] for row in server.rows("recipient")) == [f"{name}@x.example" for name in "abc"]
+        assert [row[0] for row in server.rows("recipient")] == [f"{name}@x.example" for name in "abc"]
         # Two were sent long ago, one is held; two more are not shipped yet.
         site.sql("UPDATE mail_log SET logged_at = '2020-01-01T00:00:00.000000Z'")
         server.root("UPDATE mail_log SET logged_at = '2020-01-01'")
