@@ -193,6 +193,7 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "database": Key(_text, "secure_sendmail"),
         "tls_ca": Key(_file, None),
         "retention": Key(duration, "168h"),
+        "outbox_max": Key(size, "2G"),
     },
     "log": {
         "error_log": Key(_file, None),
@@ -275,6 +276,8 @@ class Mysql:
     database: str
     tls_ca: str | None
     retention: int
+    # Bytes of rows that wait.
+    outbox_max: int
 
 
 @dataclass(frozen=True)

@@ -193,6 +193,16 @@ LOG_COLUMNS = [
 ]
 
 
+# Those that are text, and those that a caller has claimed.
+_TEXT = [name for name in LOG_COLUMNS if name not in ("seq", "uid", "verified", "size")]
+_CLAIMED = ("message_id", "sender", "subject", "script", "cwd")
+
+# Rows that one transaction collects, or gives another node, at most.
+COLLECTED = 500
+# What a row of the log takes besides its text, about, indexes included.
+ROW_SIZE = 150
+
+
 class LedgerError(Exception):
     """The ledger cannot be opened; the text says why and what to do."""
 
@@ -300,10 +310,8 @@ class Ledger:
             self._open(path)
         except sqlite3.Error as error:
             raise LedgerError(f"{path}: {error}") from None
-        self.node = str(self._db.execute("SELECT value FROM meta WHERE key = 'node'").fetchone()[0])
-        found = self._db.execute("SELECT value FROM meta WHERE key = 'clock'").fetchone()
         # What the stamps of windows, retries and incidents are measured by.
-        self.clock = Clock(str(found[0]) if found else "")
+        self.clock = Clock(self._meta("clock"))
         self._host = socket.gethostname()
 
     def _open(self, path: str) -> None:
@@ -373,13 +381,14 @@ class Ledger:
     def log(self, event: str, row: Row, now: float, recipients: Iterable[tuple[str, str, str]], actor: str = "") -> None:
         """A log row per recipient; RECIPIENTS are (recipient, reason, MTA queue id)."""
         columns = [name for name in LOG_COLUMNS if name != "seq"]
+        node = self.node
         # People read these in MySQL with whatever they have.
         message_id, subject, script, cwd = map(visible, (row.message_id, row.subject, row.script, row.cwd))
         self._db.executemany(
             f"INSERT INTO mail_log ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
             [
                 (
-                    self.node, self._host, utc(now), row.arrived_at, event, row.queue_id, message_id, row.vhost, row.uid,
+                    node, self._host, utc(now), row.arrived_at, event, row.queue_id, message_id, row.vhost, row.uid,
                     row.verified, row.sender, recipient, row.size, subject, script, cwd, visible(reason), mta_queue_id,
                     visible(actor),
                 )
@@ -563,22 +572,98 @@ class Ledger:
 
     # What is shipped to MySQL: the rows of mail_log behind the last one that is known to be there.
 
+    def _meta(self, key: str) -> str:
+        found = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return str(found[0]) if found else ""
+
+    def _set_meta(self, key: str, value: str) -> None:
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    @property
+    def node(self) -> str:
+        """What the log's rows are numbered by, together with seq."""
+        return self._meta("node")
+
+    def new_node(self) -> str:
+        """Another id for all rows from now on."""
+        with self.transaction():
+            self._set_meta("node", os.urandom(8).hex())
+        return self.node
+
+    def give_node(self, old: str, after: int) -> bool:
+        """Give some rows of OLD behind seq AFTER the id that is ours; whether there may be more."""
+        sql = (
+            "UPDATE mail_log SET node = ? WHERE seq IN (SELECT seq FROM mail_log WHERE seq > ? AND node = ? ORDER BY seq LIMIT ?)"
+        )
+        with self.transaction():
+            return self._db.execute(sql, (self.node, after, old, COLLECTED)).rowcount == COLLECTED
+
     def shipped(self) -> int:
-        found = self._db.execute("SELECT value FROM meta WHERE key = 'shipped'").fetchone()
-        return int(found[0]) if found else 0
+        return int(self._meta("shipped") or 0)
 
     def set_shipped(self, seq: int) -> None:
+        """Everything up to SEQ is in MySQL; what is there does not become less."""
         with self.transaction():
-            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('shipped', ?)", (str(seq),))
+            self._set_meta("shipped", str(max(seq, self.shipped())))
 
     def unshipped(self, most: int) -> list[dict[str, Any]]:
         """The next rows of the outbox, in order."""
+        return self.logged(self.shipped(), most)
+
+    def logged(self, after: int, most: int) -> list[dict[str, Any]]:
+        """The rows behind seq AFTER, in order, no more than MOST."""
         sql = f"SELECT {', '.join(LOG_COLUMNS)} FROM mail_log WHERE seq > ? ORDER BY seq LIMIT ?"
-        return [dict(found) for found in self._db.execute(sql, (self.shipped(), most))]
+        return [dict(found) for found in self._db.execute(sql, (after, most))]
 
     def outbox(self) -> int:
         """How many rows wait to be shipped."""
         return int(self._db.execute("SELECT count(*) FROM mail_log WHERE seq > ?", (self.shipped(),)).fetchone()[0])
+
+    def log_size(self, after: int, most: int) -> tuple[int, int, int]:
+        """(last seq, rows, about how many bytes) of the MOST rows behind seq AFTER."""
+        text = " + ".join(f"length({name})" for name in _TEXT)
+        inner = f"SELECT seq, {text} AS text FROM mail_log WHERE seq > ? ORDER BY seq LIMIT ?"
+        sql = f"SELECT max(seq), count(*), sum(text) FROM ({inner})"
+        found = self._db.execute(sql, (after, most)).fetchone()
+        return found[0] or after, found[1], (found[2] or 0) + found[1] * ROW_SIZE
+
+    def waits(self) -> dict[str, Any]:
+        """How it is that the log waits for MySQL; empty: it does not. Keys: Shipper."""
+        return dict(json.loads(self._meta("log_waits") or "{}"))
+
+    def set_waits(self, facts: dict[str, Any]) -> None:
+        with self.transaction():
+            self._set_meta("log_waits", json.dumps(facts))
+
+    def summarise(self, after: int, floor: int, most: int) -> tuple[int, int, int, int]:
+        """Make, of the MOST rows behind seq AFTER, one for each vhost, event and hour, whose size is their number.
+
+        Such rows behind seq FLOOR are added to. Rows about a vhost itself stay as they are. Return the last seq looked at,
+        how many rows there were, how many have gone, and about how many bytes.
+        """
+        earlier_one = (
+            "SELECT seq, size FROM mail_log INDEXED BY mail_log_queue_id WHERE queue_id = '' AND size > 0 "
+            "AND seq > ? AND seq <= ? AND node = ? AND vhost = ? AND event = ? AND logged_at >= ? AND logged_at < ?"
+        )
+        emptied = ", ".join(f"{name} = ''" for name in (*_CLAIMED, "queue_id", "recipient", "mta_queue_id", "actor"))
+        with self.transaction():
+            found = self.logged(after, most)
+            groups: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
+            for row in found:
+                if row["queue_id"] or row["size"]:
+                    groups.setdefault((row["node"], row["vhost"], row["event"], row["logged_at"][:13]), []).append(row)
+            gone: list[dict[str, Any]] = []
+            for (*key, hour), rows in groups.items():
+                earlier = self._db.execute(earlier_one, (floor, after, *key, hour, f"{hour}~")).fetchone()
+                count = sum(1 if row["queue_id"] else row["size"] for row in rows) + (earlier["size"] if earlier else 0)
+                kept = earlier["seq"] if earlier else rows[-1]["seq"]
+                gone += [row for row in rows if row["seq"] != kept]
+                reason = f"summary: {count} rows of this hour, of which outbox_max has left the number"
+                sql = f"UPDATE mail_log SET {emptied}, uid = NULL, size = ?, reason = ? WHERE seq = ?"
+                self._db.execute(sql, (count, reason, kept))
+            self._db.executemany("DELETE FROM mail_log WHERE seq = ?", [(row["seq"],) for row in gone])
+        size = sum(ROW_SIZE + sum(len(row[name]) for name in _TEXT) for row in gone)
+        return (found[-1]["seq"] if found else after), len(found), len(gone), size
 
     def unfinished(self, queue_ids: list[str]) -> set[str]:
         """Those of QUEUE_IDS whose mail still lies in one of our directories."""

@@ -138,8 +138,9 @@ def observing(sections: list[str]) -> str:
     return f'over_limit is "observe", mail over a limit is sent: {", ".join(sections)}'
 
 
-def log_is_down(words: str, rows: int) -> str:
-    return f"MySQL does not take the log, mail goes on rows_waiting={rows} reason={words!r}"
+def log_is_down(words: str, rows: int | None) -> str:
+    waiting = f" rows_waiting={rows}" if rows is not None else ""
+    return f"MySQL does not take the log, mail goes on{waiting} reason={words!r}"
 
 
 def error_log_not_written(reason: str) -> str:
@@ -154,8 +155,24 @@ def log_is_back() -> str:
     return "MySQL takes the log again"
 
 
-def log_row_bare(seq: str, words: str) -> str:
-    return f"MySQL refused log row {seq} for its content, shipped in plain ASCII reason={words!r}"
+def log_row_poor(seq: str, what: str, more: int, words: str) -> str:
+    others = f", and {more} rows before it" if more else ""
+    return f"MySQL refused log row {seq}{others} for its content, shipped {what} reason={words!r}"
+
+
+def outbox_half(size: int, most: int) -> str:
+    return f"more than half of outbox_max waits for MySQL bytes={size} outbox_max={most}"
+
+
+def outbox_full(rows: int, remain: int, most: int) -> str:
+    return f"outbox_max is reached, the oldest rows that wait for MySQL are summarised rows={rows} now={remain} outbox_max={most}"
+
+
+def node_taken(old: str, new: str) -> str:
+    return (
+        f"MySQL has rows of node {old} that this ledger does not know: it was restored or copied, and goes on as node {new}; "
+        f"no row is lost. When those of {old} are not needed any more: secure-sendmail log gc --node {old}"
+    )
 
 
 def started(spool: str, vhosts: int, mta: str) -> str:

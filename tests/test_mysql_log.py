@@ -122,7 +122,7 @@ def test_killed_between_insert_and_note(host: Host, server: MariaDB) -> None:
         host.send(VHOST)
         shipped(host, server)
     ledger = Ledger(str(host.state))
-    ledger.set_shipped(0)
+    ledger._set_meta("shipped", "0")
     ledger.close()
     with host.running():
         host.send(VHOST)

@@ -36,6 +36,7 @@ def status(context: Context, as_json: bool) -> None:
         "corrupt": counts.get(CORRUPT, 0),
         # Without a [mysql] section the ledger keeps the log itself, and nothing waits.
         "outbox": context.ledger.outbox() if context.config.mysql else 0,
+        "log_waits": context.ledger.waits() if context.config.mysql else {},
         "observe": [name for name in names if context.settings(name).over_limit == "observe"],
         "stopped": context.ledger.stops(),
         "refused": [
@@ -65,6 +66,8 @@ def status(context: Context, as_json: bool) -> None:
     output.say("the releaser is running" if facts["running"] else "the releaser is not running")
     if facts["observe"]:
         output.say(f'over_limit is "observe", mail over a limit is sent: {", ".join(facts["observe"])}')
+    for sentence in mysql_log.waiting(facts["log_waits"], facts["outbox"]):
+        output.say(sentence)
     for stop in facts["stopped"]:
         output.say(f"stopped: {stop['vhost']} since {stop['since'][:19]}Z by {stop['actor']}: {stop['why']}")
     for refused in facts["refused"]:
