@@ -117,7 +117,10 @@ class Daemon:
             signal.signal(number, self._signal)
         # Taken before the first scan, so that a change made meanwhile is seen.
         self._signature = config.signature(self._file)
-        releaser = Releaser(settings, Ledger(settings.state, create=True), self._wake.nudge, self._identity.private)
+        book = Ledger(settings.state, create=True)
+        if book.former_node:
+            LOG.warning(maillog.node_moved(book.former_node, book.node))
+        releaser = Releaser(settings, book, self._wake.nudge, self._identity.private)
         self._use_log(settings)
         if not self._once:
             self._start_watch(settings)

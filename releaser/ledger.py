@@ -5,6 +5,7 @@ state; the command writes decisions, each as one compare-and-set.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import socket
@@ -310,6 +311,7 @@ class Ledger:
             self._open(path)
         except sqlite3.Error as error:
             raise LedgerError(f"{path}: {error}") from None
+        self.former_node = self._know_machine() if create else ""
         # What the stamps of windows, retries and incidents are measured by.
         self.clock = Clock(self._meta("clock"))
         self._host = socket.gethostname()
@@ -332,6 +334,21 @@ class Ledger:
                     raise
                 self._db.execute("ROLLBACK")
             os.chmod(path, 0o600)
+
+    def _know_machine(self) -> str:
+        """Where the ledger has come to another machine, log under another node: the former one's may go on as it is.
+
+        What waits for MySQL keeps the former node, under which it arrives once, whoever ships it. Return that node.
+        """
+        machine, known = _machine(), self._meta("machine")
+        if not machine or machine == known:
+            return ""
+        with self.transaction():
+            former = self.node if known else ""
+            self._set_meta("machine", machine)
+            if former:
+                self._set_meta("node", os.urandom(8).hex())
+        return former
 
     def _keep(self, path: str, version: int) -> None:
         """Keep the ledger as it is, for a return to the program that made it."""
@@ -728,6 +745,16 @@ class Ledger:
             inner = f"SELECT * FROM ({inner} DESC LIMIT {int(last)}) ORDER BY seq"
         for found in self._db.execute(inner, values):
             yield dict(found)
+
+
+def _machine() -> str:
+    """What tells this machine from others; empty: nothing does. The id itself is nobody's business."""
+    try:
+        with open("/etc/machine-id", "rb") as stream:
+            machine = stream.read(64).strip()
+    except OSError:
+        return ""
+    return hashlib.sha256(b"php-secure-sendmail " + machine).hexdigest()[:16] if len(machine) == 32 else ""
 
 
 def about(vhost: str, now: float, reason: str, uid: int, verified: int = 1) -> Row:

@@ -168,6 +168,10 @@ def outbox_full(rows: int, remain: int, most: int) -> str:
     return f"outbox_max is reached, the oldest rows that wait for MySQL are summarised rows={rows} now={remain} outbox_max={most}"
 
 
+def node_moved(old: str, new: str) -> str:
+    return f"the ledger of node {old} has come to another machine, and goes on as node {new}"
+
+
 def node_taken(old: str, new: str) -> str:
     return (
         f"MySQL has rows of node {old} that this ledger does not know: it was restored or copied, and goes on as node {new}; "

@@ -12,7 +12,8 @@ import stat
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -185,6 +186,8 @@ class Shipper:
         # Whose rows were compared with MySQL's in this connection.
         self._settled = ""
         self._packet = 0
+        # Whether rows have arrived since the last failure.
+        self._progress = False
         self._facts: dict[str, Any] = {}
         self._size = Size()
         # outbox_max has made fewer of what is up to this seq.
@@ -233,7 +236,8 @@ class Shipper:
                     _close(connection)
                     connection = None
                 first, most = BACKOFF
-                pause = backoff = min(max(backoff * 2, first), most)
+                pause = backoff = first if self._progress else min(max(backoff * 2, first), most)
+                self._progress = False
                 self._took_none(book, error)
             if ending:
                 break
@@ -326,7 +330,7 @@ class Shipper:
             same = [ours.get(seq) == facts for seq, *facts in there]
             first = same.index(False) if False in same else len(there)
             if first:
-                book.set_shipped(int(there[first - 1][0]))
+                self._arrived(book, int(there[first - 1][0]))
             if first < len(there):
                 if node == book.node:
                     LOG.error(maillog.node_taken(node, book.new_node()))
@@ -378,8 +382,12 @@ class Shipper:
                     raise Smaller from error
             raise
         self._most = min(most * 2, BATCH_ROWS)
-        book.set_shipped(int(str(batch[-1][_SEQ])))
+        self._arrived(book, int(str(batch[-1][_SEQ])))
         return len(batch) < len(rows) or len(rows) == most
+
+    def _arrived(self, book: Ledger, seq: int) -> None:
+        book.set_shipped(seq)
+        self._progress = True
 
     def _put(self, connection: Any, batch: list[tuple[object, ...]]) -> None:
         """All of BATCH, or none of it. Where its content is refused, each row is tried on its own, then poorer and poorer."""
@@ -470,23 +478,9 @@ def collect(
     BETWEEN them is time for something else.
     """
     before = utc(time.time() - retention)
-    deleted, position = 0, ("1970-01-01", 0)
-    while True:
-        found = _all(
-            connection,
-            "SELECT seq, queue_id, logged_at FROM mail_log WHERE node = %s AND logged_at < %s "
-            "AND (logged_at > %s OR logged_at = %s AND seq > %s) ORDER BY logged_at, seq LIMIT %s",
-            book.node, _sql_time(before), position[0], position[0], position[1], COLLECTED_ROWS,
-        )  # fmt: skip
-        if not found:
-            break
-        position = (str(found[-1][2]), int(found[-1][0]))
-        kept = book.unfinished([row[1] for row in found])
-        old = [int(row[0]) for row in found if row[1] not in kept]
-        if old:
-            places = ", ".join(["%s"] * len(old))
-            deleted += _do(connection, f"DELETE FROM mail_log WHERE node = %s AND seq IN ({places})", book.node, *old)
-            time.sleep(COLLECTION_REST)
+    deleted = 0
+    for rows in delete(book, connection, book.node, before):
+        deleted += rows
         between()
     book.collect(before)
     if deleted:
@@ -497,6 +491,59 @@ def collect(
                 errorlog.append(error_log, line, not_inside)
             except errorlog.NotWritten as error:
                 LOG.error(maillog.error_log_not_written(str(error)))
+
+
+def delete(book: Ledger, connection: Any, node: str, before: str) -> Iterator[int]:
+    """Delete the rows of NODE that were logged before then, but for those of mail that still lies here: how many, by and by.
+
+    Each batch is a transaction of its own, on rows that were looked up before: whoever inserts waits for none.
+    """
+    position = ("1970-01-01", 0)
+    while True:
+        found = _all(
+            connection,
+            "SELECT seq, queue_id, logged_at FROM mail_log WHERE node = %s AND logged_at < %s "
+            "AND (logged_at > %s OR logged_at = %s AND seq > %s) ORDER BY logged_at, seq LIMIT %s",
+            node, _sql_time(before), position[0], position[0], position[1], COLLECTED_ROWS,
+        )  # fmt: skip
+        if not found:
+            return
+        position = (str(found[-1][2]), int(found[-1][0]))
+        kept = book.unfinished([row[1] for row in found])
+        old = [int(row[0]) for row in found if row[1] not in kept]
+        if old:
+            places = ", ".join(["%s"] * len(old))
+            yield _do(connection, f"DELETE FROM mail_log WHERE node = %s AND seq IN ({places})", node, *old)
+            time.sleep(COLLECTION_REST)
+        else:
+            yield 0
+
+
+class Retired:
+    """The rows of a node, for a person to delete. Raises LogError."""
+
+    def __init__(self, server: Mysql, book: Ledger, node: str, before: str) -> None:
+        self._book, self._node, self._before = book, node, before
+        self._connection = connect(server)
+        with self._errors():
+            sql = "SELECT COUNT(*), MAX(host), MAX(logged_at) FROM mail_log WHERE node = %s AND logged_at < %s"
+            found = _all(self._connection, sql, node, _sql_time(before))[0]
+        self.rows, self.host, self.last = int(found[0]), str(found[1]), str(found[2])
+
+    def delete(self) -> Iterator[int]:
+        """Do so; how many are gone, by and by."""
+        with self._errors():
+            yield from delete(self._book, self._connection, self._node, self._before)
+
+    def close(self) -> None:
+        _close(self._connection)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except pymysql.MySQLError as error:
+            raise LogError(words(error)) from None
 
 
 def row_values(row: dict[str, Any]) -> tuple[object, ...]:

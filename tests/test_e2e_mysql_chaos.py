@@ -191,6 +191,7 @@ def says(number: int) -> Fault:
 def small_packets(server: MariaDB, proxy: Proxy) -> Iterator[None]:
     """The server takes one row at a time, and says so."""
     (before,) = server.root("SELECT @@max_allowed_packet")[0]
+    server.root("SET GLOBAL net_buffer_length = 2048")
     server.root("SET GLOBAL max_allowed_packet = 2048")
     proxy.hang_up()
     yield

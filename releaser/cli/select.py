@@ -81,10 +81,10 @@ def filters(verb: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--since",
                 metavar="TIME",
-                callback=_time,
+                callback=time_,
                 help="From then on: 2026-05-01, 2026-05-01T14:00, or 2h ago as 2h.",
             ),
-            click.option("--until", metavar="TIME", callback=_time, help="Until then."),
+            click.option("--until", metavar="TIME", callback=time_, help="Until then."),
             click.option("--all", "everything", is_flag=True, help="All of them."),
         )
     ):
@@ -103,7 +103,8 @@ def _ids(_context: click.Context, _parameter: click.Parameter, values: tuple[str
     return values
 
 
-def _time(_context: click.Context, _parameter: click.Parameter, value: str | None) -> float | None:
+def time_(_context: click.Context, _parameter: click.Parameter, value: str | None) -> float | None:
+    """Seconds since 1970 of an option's VALUE: a time, or a span that ends now."""
     if value is None:
         return None
     try:
