@@ -91,7 +91,7 @@ test-quick: .venv/development
 MINUTES ?= 10
 fuzz: .venv/fuzz
 	mkdir -p var/fuzz/corpus
-	$(BIN)/python tests/fuzz.py var/fuzz/corpus -max_total_time=$$(($(MINUTES) * 60)) -max_len=8192 -timeout=10 -print_final_stats=1 \
+	$(BIN)/python tests/fuzz.py var/fuzz/corpus -max_total_time=$$(($(MINUTES) * 60)) -max_len=8192 -timeout=60 -print_final_stats=1 \
 		-artifact_prefix=var/fuzz/
 
 # Random senders, attacks, kills and faults of all that is around, for so long, and then a reckoning of every mail. As root.

@@ -197,8 +197,13 @@ SECTIONS: dict[str, dict[str, Key]] = {
     },
     "log": {
         "error_log": Key(_file, None),
+        "log_subject": Key(_one_of(("plain", "none")), "plain"),
+        "log_recipients": Key(_one_of(("plain", "hash")), "plain"),
     },
 }
+
+# So many vhosts beside those that are configured by name have their settings kept.
+MOST_FOUND = 10_000
 
 # Keys of [vhosts."V"] and vhosts.d/V.toml, and the key that holds where they are absent.
 VHOST_KEYS = {
@@ -293,6 +298,9 @@ class Config:
     complaints_header: str
     complaints_to: str
     error_log: str | None
+    # Whether the log has them as they are.
+    log_subject: bool
+    log_recipients: bool
     # Of a uid that several vhosts share, together.
     shared_uid: tuple[limits.Limit, ...] | None
     # Bytes; 0: the file system is not looked at.
@@ -371,6 +379,9 @@ class Config:
         """The settings of vhost NAME, key by key: its exact entry, then the first pattern that has the key, then [limits]."""
         settings = self._found.get(name)
         if settings is None:
+            if len(self._found) >= MOST_FOUND + len(self._exact):
+                # Names can be made up without end.
+                self._found.clear()
             sources = [self._exact.get(name, {})]
             sources += [keys for pattern, keys in self._patterns.items() if fnmatchcase(name, pattern)]
             values: dict[str, Any] = {}
@@ -380,6 +391,13 @@ class Config:
                 values[key] = next((source[key] for source in sources if key in source), fallback)
             settings = self._found[name] = VhostSettings(**values)
         return settings
+
+    @property
+    def least_caps(self) -> tuple[int, int]:
+        """The smallest hold_max_messages and hold_max_bytes that hold for anyone."""
+        messages, size = "hold_max_messages", "hold_max_bytes"
+        sources = [self._sections["limits"], *self._exact.values(), *self._patterns.values()]
+        return min(s[messages] for s in sources if messages in s), min(s[size] for s in sources if size in s)
 
     @property
     def observed(self) -> list[str]:
@@ -422,6 +440,8 @@ def load(file: str) -> Config:
         complaints_header=tag["complaints_header"],
         complaints_to=tag["complaints_to"].replace("HOSTNAME", os.uname().nodename),
         error_log=sections["log"]["error_log"],
+        log_subject=sections["log"]["log_subject"] == "plain",
+        log_recipients=sections["log"]["log_recipients"] == "plain",
         shared_uid=sections["limits"]["shared_uid"],
         min_free=sections["limits"]["min_free"],
         notify=sections["limits"]["notify"],

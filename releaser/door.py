@@ -8,6 +8,7 @@ import math
 import os
 import stat
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import islice
 
@@ -19,14 +20,14 @@ from releaser.maillog import LOG
 
 # With fewer free inodes than this there is no room either, where the file system counts them.
 MIN_INODES = 1000
-# Bytes that a recipient counts for hold_max_bytes: its line in the envelope.
-RECIPIENT_SIZE = 100
+# Bytes that a recipient counts for hold_max_bytes: its line in the envelope, and its rows in the log.
+RECIPIENT_SIZE = 1000
 # In the shared maildrop a uid may have so many times what a name may: each of its names can be made up.
 SHARED_TIMES = 10
 # Bytes of refusals in one policy; enqueue reads no more than 64 KiB, and warnings have 32 of them.
 REFUSALS_SIZE = 24 << 10
-# The most refusals that are believed at one scan, and the entries of tmp/ that are looked through for them.
-MAX_REFUSED, LOOKED_THROUGH = 1_000_000, 10_000
+# The most refusals that are believed of a uid at one scan, the most uids, and the entries of tmp/ that are looked through.
+MAX_REFUSED, MAX_UIDS, LOOKED_THROUGH = 1_000_000, 100, 10_000
 
 # A maildrop, and the vhost that the mail in it is from; or, in the shared one, whose it is.
 Key = tuple[str, str]
@@ -63,7 +64,10 @@ class Door:
             for key in _keys(maildrop, vhost, uid):
                 kept = self._kept.get(key, (0, 0))
                 self._kept[key] = kept[0] + count, kept[1] + size
-        for key in {*self._kept, *self._full}:
+        least, least_bytes = self.config.least_caps
+        # Names can be made up: most have nothing that is worth a look at their settings.
+        near = {key for key, (count, size) in self._kept.items() if count >= least or size >= least_bytes}
+        for key in near.union(self._full):
             self._judge(key)
 
     def add(self, row: Row, times: int = 1) -> None:
@@ -216,19 +220,19 @@ class Door:
 
     # What enqueue has counted.
 
-    def refused(self, maildrops: Iterable[str]) -> dict[str, tuple[int, int]]:
-        """What was refused at the doors of MAILDROPS since the last scan: (number, a uid that claims it), where any was."""
+    def refused(self, maildrops: Iterable[str]) -> dict[str, dict[int, int]]:
+        """What was refused at the doors of MAILDROPS since the last scan, by the uid that claims it, where any was."""
         lately, self._closed_lately = self._closed_lately, self.closed
         found = {}
         for name in maildrops:
             if lately is None or name in lately:
                 try:
-                    number, uid = take_refused(self.config.spool, name)
+                    counts = take_refused(self.config.spool, name)
                 except OSError as error:
                     LOG.error(maillog.maildrop(name, "tmp", error.strerror or str(error)))
                     continue
-                if number:
-                    found[name] = number, uid
+                if counts:
+                    found[name] = counts
         return found
 
 
@@ -253,12 +257,12 @@ def lacking(spool: str, min_free: int) -> str:
     return ""
 
 
-def take_refused(spool: str, maildrop: str) -> tuple[int, int]:
-    """Remove the counts of refusals from tmp/ of MAILDROP; return their sum, and a uid that has counted. Raises OSError.
+def take_refused(spool: str, maildrop: str) -> dict[int, int]:
+    """Remove the counts of refusals from tmp/ of MAILDROP; return the largest of them, by uid. Raises OSError.
 
     Whatever lies there is a customer's: it is judged by lstat, and never opened.
     """
-    number, uid = 0, -1
+    found: Counter[int] = Counter()
     directory = f"{layout.maildrop(spool, maildrop)}/tmp"
     with os.scandir(directory) as entries:
         names = [entry.name for entry in islice(entries, LOOKED_THROUGH) if entry.name.startswith(layout.REFUSED)]
@@ -270,6 +274,6 @@ def take_refused(spool: str, maildrop: str) -> tuple[int, int]:
             os.unlink(f"{directory}/{name}")
         except FileNotFoundError:
             continue
-        if stat.S_ISREG(status.st_mode) and name == f"{layout.REFUSED}{status.st_uid}":
-            number, uid = number + status.st_size, status.st_uid
-    return min(number, MAX_REFUSED), uid
+        if stat.S_ISREG(status.st_mode) and status.st_size and name == f"{layout.REFUSED}{status.st_uid}":
+            found[status.st_uid] = min(status.st_size, MAX_REFUSED)
+    return dict(found.most_common(MAX_UIDS))

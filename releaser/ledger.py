@@ -11,12 +11,13 @@ import os
 import socket
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
 from releaser.clock import Clock
+from releaser.privacy import FORGOTTEN, Privacy
 from releaser.visible import visible
 
 FILE = "ledger.sqlite"
@@ -170,6 +171,9 @@ VERSION = len(SCHEMAS)
 # What the partial index on states says; a query repeats it, or the index is not used.
 UNFINISHED = "state NOT IN ('done', 'unknown')"
 
+# A message's texts are in the log once for each recipient: the characters of each text in all of its rows, and in one at least.
+TEXTS, TEXT_LEAST = 100_000, 100
+
 LOG_COLUMNS = [
     "node",
     "seq",
@@ -315,6 +319,8 @@ class Ledger:
         # What the stamps of windows, retries and incidents are measured by.
         self.clock = Clock(self._meta("clock"))
         self._host = socket.gethostname()
+        # What the log keeps; whoever writes says so.
+        self.privacy = Privacy(bytes.fromhex(self._meta("privacy_key")))
 
     def _open(self, path: str) -> None:
         found = self._db.execute("PRAGMA user_version").fetchone()[0]
@@ -324,9 +330,10 @@ class Ledger:
             if found:
                 self._keep(path, found)
             node = f"INSERT INTO meta VALUES ('node', '{os.urandom(8).hex()}');" if not found else ""
+            key = f"INSERT OR IGNORE INTO meta VALUES ('privacy_key', '{os.urandom(32).hex()}');"
             try:
                 self._db.executescript(
-                    f"BEGIN IMMEDIATE; {''.join(SCHEMAS[found:])} {node} PRAGMA user_version = {VERSION}; COMMIT;"
+                    f"BEGIN IMMEDIATE; {''.join(SCHEMAS[found:])} {node} {key} PRAGMA user_version = {VERSION}; COMMIT;"
                 )
             except sqlite3.OperationalError:
                 # Another process has made it in this moment.
@@ -357,6 +364,10 @@ class Ledger:
             self._db.backup(target)
         os.chmod(f"{kept}.new", 0o600)
         os.replace(f"{kept}.new", kept)
+
+    def _meta(self, key: str) -> str:
+        found = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return str(found[0]) if found else ""
 
     def close(self) -> None:
         self._db.close()
@@ -399,19 +410,57 @@ class Ledger:
         """A log row per recipient; RECIPIENTS are (recipient, reason, MTA queue id)."""
         columns = [name for name in LOG_COLUMNS if name != "seq"]
         node = self.node
+        recipients = list(recipients)
+        most = max(TEXT_LEAST, TEXTS // max(len(recipients), 1))
         # People read these in MySQL with whatever they have.
-        message_id, subject, script, cwd = map(visible, (row.message_id, row.subject, row.script, row.cwd))
-        self._db.executemany(
-            f"INSERT INTO mail_log ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
-            [
+        message_id, script, cwd = (visible(text)[:most] for text in (row.message_id, row.script, row.cwd))
+        written = []
+        for recipient, reason, mta_queue_id in recipients:
+            recipient, reason, subject = self.privacy.row(recipient, visible(reason), visible(row.subject)[:most])
+            written.append(
                 (
                     node, self._host, utc(now), row.arrived_at, event, row.queue_id, message_id, row.vhost, row.uid,
-                    row.verified, row.sender, recipient, row.size, subject, script, cwd, visible(reason), mta_queue_id,
+                    row.verified, row.sender, recipient, row.size, subject, script, cwd, reason, mta_queue_id,
                     visible(actor),
                 )
-                for recipient, reason, mta_queue_id in recipients
-            ],
-        )  # fmt: skip
+            )  # fmt: skip
+        self._db.executemany(f"INSERT INTO mail_log ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})", written)
+
+    def forget(self, address: str) -> int:
+        """Forget who ADDRESS is in the log and in what has ended; return the number of log rows. In small transactions."""
+        whose = (address.lower(), self.privacy.hashed(address))
+        changed = 0
+        for column in ("recipient", "sender"):
+            sql = (
+                f"UPDATE mail_log SET {column} = ?, subject = '', "
+                "reason = CASE WHEN instr(lower(reason), ?) THEN '' ELSE reason END "
+                f"WHERE seq IN (SELECT seq FROM mail_log WHERE lower({column}) = ? OR {column} = ? LIMIT 500)"
+            )
+            while True:
+                with self.transaction():
+                    count = self._db.execute(sql, (FORGOTTEN, whose[0], *whose)).rowcount
+                changed += count
+                if count < 500:
+                    break
+        with self.transaction():
+            ended = "state IN ('done', 'unknown')"
+            sql = f"UPDATE message SET sender = ?, subject = '' WHERE {ended} AND lower(sender) = ?"
+            self._db.execute(sql, (FORGOTTEN, whose[0]))
+            for table_column in ("remaining", "refused"):
+                self._db.execute(
+                    f"UPDATE message SET {table_column} = '[]', subject = '' WHERE {ended} AND instr(lower({table_column}), ?)",
+                    (json.dumps(whose[0]),),
+                )
+        return changed
+
+    def lies_here(self, address: str) -> list[str]:
+        """Messages to or from ADDRESS that are in one of our directories, which are not forgotten."""
+        sql = (
+            f"SELECT queue_id FROM message WHERE {UNFINISHED} AND (lower(sender) = ? OR instr(lower(remaining), ?) OR "
+            "instr(lower(refused), ?)) ORDER BY queue_id"
+        )
+        quoted = json.dumps(address.lower())
+        return [found[0] for found in self._db.execute(sql, (address.lower(), quoted, quoted))]
 
     # What the daemon reads.
 
@@ -738,12 +787,9 @@ class Ledger:
         sql = f"SELECT vhost, count(*) FROM message WHERE state = 'held' AND {UNFINISHED} GROUP BY vhost"
         return {found[0]: found[1] for found in self._db.execute(sql)}
 
-    def log_rows(self, where: str, values: list[object], last: int | None) -> Iterator[dict[str, Any]]:
-        """Rows of mail_log that the SQL condition WHERE picks, oldest first; only the LAST so many where given."""
-        inner = f"SELECT {', '.join(LOG_COLUMNS)} FROM mail_log WHERE {where} ORDER BY seq"
-        if last is not None:
-            inner = f"SELECT * FROM ({inner} DESC LIMIT {int(last)}) ORDER BY seq"
-        for found in self._db.execute(inner, values):
+    def select(self, sql: str, values: Sequence[object]) -> Iterator[dict[str, Any]]:
+        """The rows that SQL picks, one by one."""
+        for found in self._db.execute(sql, values):
             yield dict(found)
 
 

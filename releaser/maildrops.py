@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
 from releaser import layout, maillog, pickup, policy
 from releaser.ledger import Row
@@ -15,10 +16,12 @@ from releaser.room import LACKS
 
 # At most so many names of one vhost are looked at in one go, and of those that were left, at every scan.
 LISTED, LEFT = 10_000, 1_000
+# The names that are looked through for these, beside those that are known to stay.
+LOOKED_THROUGH = 100_000
 # So many that were left are named in the daemon's log, of each maildrop.
 NAMED = 100
-# Seconds between two looks for leftovers in tmp/.
-CLEANING = 3600
+# Seconds between two looks for leftovers in tmp/, and those that one scan goes on with it.
+CLEANING, CLEANING_SECONDS = 3600, 0.1
 
 
 @dataclass
@@ -41,6 +44,8 @@ class Maildrop:
     # Names that were left where they are: complained about once, and looked at behind all others, when AGAIN is set.
     left: set[bytes] = field(default_factory=set)
     again: bool = False
+    # Whether files with many names were met in it, said already.
+    many_names: bool = False
     # Names that wait until a door opens, in the shared maildrop.
     shut_out: set[bytes] = field(default_factory=set)
 
@@ -58,6 +63,8 @@ class Maildrops:
         # Taken up and not yet removed from new/: never listed again, or they would be decided twice.
         self._taken: set[tuple[str, bytes]] = set()
         self._next_cleaning = 0.0
+        # What is left of the look that was begun last.
+        self._cleaning: Iterator[None] = iter(())
         # Whether the last policy could not be written for want of room.
         self._no_room = False
         # Maildrops that have been renamed, until what is known of the old name is carried over.
@@ -96,9 +103,7 @@ class Maildrops:
             fresh = abs(drop.listed_ns - drop.changed_ns) < 2_000_000_000
             if status.st_mtime_ns != drop.changed_ns or fresh or drop.again:
                 self._mark(vhost, drop)
-        if time.monotonic() >= self._next_cleaning:
-            self._next_cleaning = time.monotonic() + CLEANING
-            self._clean()
+        self._clean()
 
     def rung(self, bells: set[str]) -> None:
         """Mark the vhosts that BELLS stand for."""
@@ -134,7 +139,7 @@ class Maildrops:
     def has_mail(self, vhost: str) -> bool:
         """Whether something lies in its new/."""
         try:
-            return bool(pickup.names(self._spool, vhost))
+            return bool(pickup.names(self._spool, vhost, 1))
         except OSError:
             # It is said when it is listed.
             return False
@@ -150,6 +155,18 @@ class Maildrops:
         if drop is not None:
             drop.names.appendleft(name)
             self._mark(vhost, drop)
+
+    def remove_name(self, vhost: str, name: bytes) -> bool:
+        """NAME is of no use: remove it where it is one of many that were made for one file; whether it was."""
+        shown = os.fsdecode(name)
+        if (vhost, shown) in self.known or not pickup.remove_name(f"{layout.maildrop(self._spool, vhost)}/new/{shown}"):
+            return False
+        self._taken.discard((vhost, name))
+        drop = self._drops.get(vhost)
+        if drop is not None and not drop.many_names:
+            drop.many_names = True
+            LOG.warning(maillog.many_names(vhost, shown))
+        return True
 
     def leave(self, vhost: str, name: bytes, reason: str, trace: bool = False) -> None:
         """NAME stays in new/ and is looked at again with the next scan; say so once."""
@@ -265,7 +282,8 @@ class Maildrops:
         drop.listed_ns = time.time_ns()
         try:
             drop.changed_ns = os.stat(f"{layout.maildrop(self._spool, vhost)}/new").st_mtime_ns
-            listed = pickup.names(self._spool, vhost)
+            most = LOOKED_THROUGH + len(drop.left) + len(drop.shut_out)
+            listed = pickup.names(self._spool, vhost, most)
         except OSError as error:
             if error.errno in LACKS:
                 # It keeps its turn.
@@ -274,12 +292,14 @@ class Maildrops:
             drop.dirty = False
             self._complain(vhost, "new", error)
             return
-        drop.left &= listed
-        drop.shut_out &= listed
+        whole = len(listed) < most
+        if whole:
+            drop.left &= listed
+            drop.shut_out &= listed
         new = sorted(name for name in listed - drop.left - drop.shut_out if (vhost, name) not in self._taken)
         # In order of the time that they claim.
         drop.names = deque(new[:LISTED])
-        drop.dirty = len(new) > LISTED
+        drop.dirty = len(new) > LISTED or not whole
         if drop.again:
             drop.names += random.sample(sorted(drop.left), min(len(drop.left), LEFT))
             drop.again = False
@@ -298,9 +318,19 @@ class Maildrops:
             self._no_room = False
 
     def _clean(self) -> None:
-        for vhost in self._drops:
+        """Look for leftovers, for CLEANING_SECONDS; what is left then waits for the next scan."""
+        begin = time.monotonic()
+        if begin >= self._next_cleaning:
+            self._next_cleaning, self._cleaning = begin + CLEANING, chain(self._cleaning, self._clean_all())
+        for _ in self._cleaning:
+            if time.monotonic() > begin + CLEANING_SECONDS:
+                return
+
+    def _clean_all(self) -> Iterator[None]:
+        for vhost in self:
             try:
-                pickup.remove_leftovers(self._spool, vhost, time.time())
+                for _ in pickup.remove_leftovers(self._spool, vhost, time.time()):
+                    yield
             except OSError as error:
                 self._complain(vhost, "tmp", error)
 

@@ -46,6 +46,10 @@ def corrupt(queue_id: str, vhost: str, name: str, reason: str) -> str:
     return f"{queue_id}: corrupt vhost={vhost} name={name!r} reason={reason!r}"
 
 
+def many_names(vhost: str, name: str) -> str:
+    return f"a file with many names in new/: those beyond two are removed vhost={vhost}, the first of them name={name!r}"
+
+
 def left_more(vhost: str, reason: str) -> str:
     return f"left in new/ vhost={vhost} and more than can be named, the last for reason={reason!r}"
 

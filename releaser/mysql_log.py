@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import pymysql
+import pymysql.cursors
 
 from releaser import errorlog, maillog
 from releaser.config import Mysql
@@ -610,6 +611,45 @@ def _all(connection: Any, sql: str, *values: object) -> list[tuple[Any, ...]]:
     with connection.cursor() as cursor:
         cursor.execute(sql, values)
         return list(cursor.fetchall())
+
+
+def forget(connection: Any, address: str, hashed: str, forgotten: str) -> int:
+    """Put FORGOTTEN in place of ADDRESS, or of its HASHED form, in the rows of all hosts; how many. Raises LogError.
+
+    A row is deleted and added again, for which no right is needed that the releaser has not.
+    """
+    changed = 0
+    try:
+        for column in (LOG_COLUMNS.index("recipient"), LOG_COLUMNS.index("sender")):
+            name = LOG_COLUMNS[column]
+            sql = f"SELECT {', '.join(LOG_COLUMNS)} FROM mail_log WHERE lower({name}) = %s OR {name} = %s LIMIT %s"
+            while rows := _all(connection, sql, address.lower(), hashed, BATCH_ROWS):
+                rewritten = []
+                for row in rows:
+                    values = list(row)
+                    values[column], values[LOG_COLUMNS.index("subject")] = forgotten, ""
+                    if address.lower() in values[LOG_COLUMNS.index("reason")].lower():
+                        values[LOG_COLUMNS.index("reason")] = ""
+                    rewritten.append(tuple(values))
+                connection.begin()
+                for row in rows:
+                    _do(connection, "DELETE FROM mail_log WHERE node = %s AND seq = %s", *row[:2])
+                _insert(connection, rewritten)
+                connection.commit()
+                changed += len(rows)
+    except pymysql.MySQLError as error:
+        raise LogError(words(error)) from None
+    return changed
+
+
+def select(connection: Any, sql: str, values: Sequence[object]) -> Iterator[dict[str, Any]]:
+    """The rows that SQL picks, as they come: there may be millions. Raises LogError."""
+    try:
+        with connection.cursor(pymysql.cursors.SSDictCursor) as cursor:
+            cursor.execute(sql, tuple(values))
+            yield from cursor.fetchall_unbuffered()
+    except pymysql.MySQLError as error:
+        raise LogError(words(error)) from None
 
 
 def _one(connection: Any, sql: str, *values: object) -> Any:

@@ -6,6 +6,7 @@ import os
 import stat
 import time
 from collections.abc import Iterator
+from itertools import islice
 
 from releaser import envelope, layout, message
 from releaser.room import LACKS
@@ -13,6 +14,8 @@ from releaser.room import LACKS
 # Up to this many bytes a message stays in memory; a larger one is copied to disk first and streamed.
 SMALL = 1 << 20
 CHUNK = 1 << 18
+# Of a file that is no message, or that has to wait: one in tmp/, one in new/.
+MOST_NAMES = 2
 
 # Errors at opening that are the file's own and do not pass: a symbolic link, a device or socket, no right to read.
 OF_THE_FILE = (errno.ELOOP, errno.ENXIO, errno.EACCES, errno.EPERM)
@@ -169,19 +172,38 @@ def _after(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
     yield from rest
 
 
-def names(spool: str, vhost: str) -> set[bytes]:
-    """The names in the vhost's new/; dot files are nobody's. Raises OSError."""
+def names(spool: str, vhost: str, most: int) -> set[bytes]:
+    """The names in the vhost's new/, MOST of them where there are more; dot files are nobody's. Raises OSError."""
     with os.scandir(os.fsencode(layout.maildrop(spool, vhost)) + b"/new") as entries:
-        return {entry.name for entry in entries if not entry.name.startswith(b".")}
+        return set(islice((entry.name for entry in entries if not entry.name.startswith(b".")), most))
 
 
-def remove_leftovers(spool: str, vhost: str, now: float) -> int:
-    """Unlink the regular files in tmp/ that have been unchanged for TMP_MAX_AGE; return how many."""
-    removed = 0
+def remove_name(path: str) -> bool:
+    """Unlink PATH where its file has so many other names that they were made to be many; whether it did.
+
+    A name costs its owner nothing, whatever his quota, and us the time to look at it.
+    """
+    try:
+        status = os.lstat(path)
+        if stat.S_ISDIR(status.st_mode) or status.st_nlink <= MOST_NAMES:
+            return False
+        os.unlink(path)
+    except OSError:
+        return False
+    return True
+
+
+def remove_leftovers(spool: str, vhost: str, now: float) -> Iterator[int]:
+    """Unlink the regular files in tmp/ that have been unchanged for TMP_MAX_AGE: an entry at each step, 1 where it was one."""
     with os.scandir(os.fsencode(layout.maildrop(spool, vhost)) + b"/tmp") as entries:
         for entry in entries:
-            status = entry.stat(follow_symlinks=False)
-            if stat.S_ISREG(status.st_mode) and now - status.st_ctime > layout.TMP_MAX_AGE:
-                os.unlink(entry.path)
-                removed += 1
-    return removed
+            old = False
+            try:
+                status = entry.stat(follow_symlinks=False)
+                old = stat.S_ISREG(status.st_mode) and now - status.st_ctime > layout.TMP_MAX_AGE
+                if old:
+                    os.unlink(entry.path)
+            except FileNotFoundError:
+                # Its writer has ended meanwhile.
+                pass
+            yield int(old)

@@ -11,6 +11,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 from releaser import (
@@ -44,6 +45,11 @@ ROUND = 100
 ROUND_SECONDS = 0.05
 # Seconds to make what the MTA has said last durable, at the end, where there is no room.
 LAST_TRIES = 30
+# Seconds after which the ledger is told the time, also where nothing else is written: by that it sees that the machine was
+# started anew.
+KEEPING = 3600
+# Accounts that are kept in memory from scan to scan.
+MOST_ACCOUNTS = 20_000
 # Incidents at once of vhosts that nobody has configured.
 MADE_UP = 50
 
@@ -60,6 +66,7 @@ class Releaser:
         self.config = config
         self._private = private
         self._ledger = book
+        self._use_privacy()
         self._now = book.clock.now
         self._spool = config.spool
         # By vhost, and by uid where several names share one.
@@ -82,6 +89,7 @@ class Releaser:
         self._late = False
         self._decisions_wait = True
         self._next_scan = 0.0
+        self._next_keeping = self._now() + KEEPING
 
     # What the daemon calls.
 
@@ -105,6 +113,9 @@ class Releaser:
             self._scan()
 
     def _scan(self) -> None:
+        if len(self._accounts) > MOST_ACCOUNTS:
+            # Names can be made up without end. The ledger has all that they know.
+            self._accounts = {}
         self._door.look_at_room()
         self._door.load()
         self.look()
@@ -125,6 +136,10 @@ class Releaser:
         for name in self._door.unsaid():
             if self._drops.has_mail(name):
                 self._door.waits(name, name)
+        if self._now() >= self._next_keeping:
+            with self._ledger.transaction():
+                self._ledger.keep_time()
+            self._next_keeping = self._now() + KEEPING
 
     def look(self) -> None:
         """Look at every maildrop, and for decisions: what the bells would have told of."""
@@ -150,6 +165,7 @@ class Releaser:
         if config.mta_url != self.config.mta_url:
             self._handover.use(config.mta_url)
         self.config = config
+        self._use_privacy()
         self._handover.give_up = config.give_up
         known = {(name if name in self._drops else layout.UNREGISTERED, name) for name in self._accounts if isinstance(name, str)}
         self._accounts = {}
@@ -205,6 +221,10 @@ class Releaser:
                 first, second = second, first
             first(batch)
             second(batch)
+
+    def _use_privacy(self) -> None:
+        config = self.config
+        self._ledger.privacy = replace(self._ledger.privacy, subject=config.log_subject, recipients=config.log_recipients)
 
     @property
     def vhosts(self) -> int:
@@ -299,10 +319,12 @@ class Releaser:
         """Write down what enqueue says that it has refused, as the claim that it is."""
         batch, limits_lately = Batch(self._ledger), self._door.limits_lately
         self._door.limits_lately = {}
-        for name, (number, uid) in self._door.refused(self._drops).items():
-            reason = f"{number} message{'' if number == 1 else 's'} refused at the door, as enqueue has counted"
-            row = ledger.about(name, time.time(), reason, uid, int(name != layout.UNREGISTERED))
-            batch.log("rejected", row, [("", reason, "")])
+        for name, counts in self._door.refused(self._drops).items():
+            for uid, count in counts.items():
+                reason = f"{count} message{'' if count == 1 else 's'} refused at the door, as enqueue has counted"
+                row = ledger.about(name, time.time(), reason, uid, int(name != layout.UNREGISTERED))
+                batch.log("rejected", row, [("", reason, "")])
+            number = sum(counts.values())
             LOG.warning(maillog.rejected(name, number))
             limit = limits_lately.get((name, name))
             if limit is not None:
@@ -334,7 +356,8 @@ class Releaser:
             except ShutOut:
                 self._drops.shut_out(vhost, name)
             except pickup.NotYet as error:
-                self._drops.leave(vhost, name, str(error))
+                if not self._drops.remove_name(vhost, name):
+                    self._drops.leave(vhost, name, str(error))
             except sqlite3.OperationalError as error:
                 self._room.lacks(error)
                 self._drops.give_back(vhost, name)
@@ -371,7 +394,8 @@ class Releaser:
         except FileNotFoundError:
             return
         except pickup.Corrupt as error:
-            self._corrupt(batch, vhost, name, str(error))
+            if not self._drops.remove_name(vhost, name):
+                self._corrupt(batch, vhost, name, str(error))
             return
         self._drops.take(vhost, name)
         try:

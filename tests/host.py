@@ -211,7 +211,7 @@ class Host:
 
     def rows(self, *events: str) -> list[dict[str, Any]]:
         """The rows of the log, oldest first; where events are named, only theirs."""
-        return [row for row in self.json("log") if not events or row["event"] in events]
+        return [row for row in self.json("log", "--source", "ledger") if not events or row["event"] in events]
 
     # What there is.
 

@@ -353,7 +353,7 @@ class Soak:
             self.problems.append(f"at rest it uses {used} of a core")
         found = json.loads(self.command("check", "--json").stdout)
         # Its own MTA is one that customers can reach.
-        usual = re.compile(rf'over_limit is "observe"|.* port {self.mta.port} of 127\.0\.0\.1 answers him')
+        usual = re.compile(rf'over_limit is "observe"|.* port {self.mta.port} of 127\.0\.0\.1 answers him|.* has no quotas')
         warnings = [each for each in found["warnings"] if not usual.match(each)]
         if found["problems"] or warnings:
             self.problems.append(f"check: {found}")
@@ -384,7 +384,7 @@ class Soak:
         spool = self.system.spool
         copies = {name: {path.name: recipients(path) for path in (spool / name).iterdir()} for name in set(PLACES.values())}
         corrupt = [path.read_bytes() if stat.S_ISREG(path.lstat().st_mode) else b"" for path in (spool / "corrupt").iterdir()]
-        ledger, mysql = self.system.json("log"), rows_of(self.server)
+        ledger, mysql = self.system.json("log", "--source", "ledger"), rows_of(self.server)
         return Evidence(
             self.told(), self.mta.transactions, ledger, mysql, copies, corrupt, names(self.system), self.ends, dict(self.reviewed)
         )

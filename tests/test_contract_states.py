@@ -168,8 +168,8 @@ def writer_gone(spool: Spool) -> None:
     spool._who = "enqueue"
     drop._create("tmp/1795376167.011099.P3395.2bad27e5dbb62169d779a57a")
     spool._who = "releaser"
-    assert pickup.remove_leftovers(str(spool.spool), VHOST, time.time() + layout.TMP_MAX_AGE - 60) == 0
-    assert pickup.remove_leftovers(str(spool.spool), VHOST, time.time() + layout.TMP_MAX_AGE + 60) == 1
+    assert not any(pickup.remove_leftovers(str(spool.spool), VHOST, time.time() + layout.TMP_MAX_AGE - 60))
+    assert sum(pickup.remove_leftovers(str(spool.spool), VHOST, time.time() + layout.TMP_MAX_AGE + 60)) == 1
 
 
 def large(spool: Spool) -> None:

@@ -359,6 +359,19 @@ def test_uid_has_a_cap_in_the_shared_maildrop(system: System) -> None:
     system.wait(lambda: count_of(system, f"vhosts/{SHARED}/new") == 4, "one more is taken")
 
 
+def test_refusals_are_counted_for_whose_they_are(system: System) -> None:
+    """Who claims ever so many in the shared maildrop has them as his own: the others' are said to be as many as they are."""
+    slip_past(system, SHARED, OTHER, count=3)
+    closed(system, SHARED)
+    tmp = system.spool / "vhosts" / SHARED / "tmp"
+    system.python(HOSTILE, tmp, "sparse", "900000", user="c1")
+    assert refused(system.enqueue(OTHER, user="c2"), OTHER)
+    scan(system)
+    system.wait(lambda: len(system.rows("rejected")) == 2, "there is a row for each")
+    said = {row["uid"]: row["reason"].split()[0] for row in system.rows("rejected")}
+    assert said == {system.uids["c1"]: "900000", system.uids["c2"]: "1"}
+
+
 HOSTILE = """
 import os, sys
 name = f"{sys.argv[1]}/refused.{os.getuid()}"

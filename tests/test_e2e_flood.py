@@ -77,6 +77,38 @@ def test_flood_of_bells_in_private_mode() -> None:
         others_are_served(host, [sys.executable, "-c", FLOOD, "15", *bells])
 
 
+NAMES = """
+import os, sys
+drop, number = sys.argv[1], int(sys.argv[2])
+# One that has to wait for ever, and one that is no message.
+for size, claimed in ((80 << 20, 80 << 20), (5, 5)):
+    base = f"{drop}/tmp/base{size}"
+    with open(base, "wb") as file:
+        file.truncate(size)
+        os.fchmod(file.fileno(), 0o640)
+    for each in range(number):
+        os.link(base, f"{drop}/new/1000000000.{each:06}.P1.{size:024x},S={claimed}")
+"""
+
+
+def test_flood_of_names() -> None:
+    """Two files with 60,000 names are two files, in the customer's quota and for us; and nobody waits meanwhile."""
+    with System() as system:
+        for vhost, user in (("www.c1.example", "c1"), ("www.c2.example", "c2")):
+            system.register(vhost, user)
+        system.python(NAMES, system.spool / "vhosts/www.c1.example", "30000", user="c1")
+        with system.running():
+            for number in range(3):
+                begin = time.monotonic()
+                system.send("www.c2.example", message=text("one@x.example", subject=str(number)), user="c2")
+                system.wait_for_mail(number + 1)
+                assert time.monotonic() - begin < 2
+            system.wait(lambda: len(system.ls()) == 4, "each has two names, one in tmp/")
+            system.send("www.c1.example", message=text("one@x.example", subject="3"), user="c1")
+            system.wait_for_mail(4)
+            assert system.log().count("a file with many names") == 1 and len(system.rows("corrupt")) == 1
+
+
 def test_flood_of_files_that_stay() -> None:
     """12,000 files with early names that can only be left where they are keep nobody's mail in the shared maildrop waiting."""
     with System() as system:

@@ -48,12 +48,15 @@ def network() -> Iterator[None]:
             assert libc.setns(before.fileno(), CLONE_NEWNET) == 0
 
 
-def commands(directory: Path) -> None:
-    """Postfix's sendmail and postdrop with their libraries where every user can run them."""
+def commands(postfix: Postfix, directory: Path) -> None:
+    """Postfix's sendmail and postdrop with their libraries where every user can run them, wherever this checkout lies."""
     shutil.copytree(LIBRARIES, directory / "lib", ignore=shutil.ignore_patterns("sbin"))
     for name in ("sendmail", "postdrop"):
         shutil.copy(POSTFIX / "usr/sbin" / name, directory / name)
     subprocess.run(["chmod", "-R", "a+rX", directory], check=True)
+    postfix.stop()
+    postfix.parameters |= {"command_directory": str(directory)}
+    postfix.start()
 
 
 def test_customers_reach_no_mta_and_the_releaser_does(network: None, tmp_path: Path) -> None:
@@ -64,10 +67,7 @@ def test_customers_reach_no_mta_and_the_releaser_does(network: None, tmp_path: P
     with Sink() as sink, Postfix(sink.port) as postfix, System(mta=smtp(postfix.port)) as system:
         programs = system.directory / "sbin"
         programs.mkdir(mode=0o755)
-        commands(programs)
-        postfix.stop()
-        postfix.parameters = {"command_directory": str(programs)}
-        postfix.start()
+        commands(postfix, programs)
         environment = f"MAIL_CONFIG={postfix.directory}/config LD_LIBRARY_PATH={programs}/lib"
         (programs / "sendmail.sh").write_text(f'#!/bin/sh\nexec env {environment} {programs}/sendmail "$@"\n')
         (programs / "sendmail.sh").chmod(0o755)
@@ -108,7 +108,7 @@ def test_check_says_that_the_command_is_open(network: None, tmp_path: Path) -> N
     with Sink() as sink, Postfix(sink.port) as postfix, System(mta=smtp(postfix.port)) as system:
         programs = system.directory / "sbin"
         programs.mkdir(mode=0o755)
-        commands(programs)
+        commands(postfix, programs)
         environment = f"MAIL_CONFIG={postfix.directory}/config LD_LIBRARY_PATH={programs}/lib"
         (programs / "all").mkdir(mode=0o755)
         (programs / "all/sendmail").write_text(f'#!/bin/sh\nexec env {environment} {programs}/sendmail "$@"\n')

@@ -6,14 +6,13 @@ import os
 import re
 import shutil
 import sqlite3
-import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from host import BIN, Host, text
+from host import Host, text
 from mariadb import MariaDB
 from test_e2e_mysql_outage import logging_to, make_tables, password, server
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from releaser.ledger import SCHEMA_1, VERSION, Ledger, LedgerError, is_utc, utc
+from releaser.door import RECIPIENT_SIZE
+from releaser.ledger import SCHEMA_1, VERSION, Ledger, LedgerError, about, is_utc, utc
 
 
 @pytest.mark.parametrize("stamp", [0.0, 1795376167.011099, 951782400.5, 4102444799.999999])
@@ -72,3 +73,21 @@ def test_ledger_of_version_1_is_taken_over(tmp_path: Path) -> None:
         assert kept.execute("PRAGMA user_version").fetchone() == (1,)
         assert kept.execute("SELECT count(*) FROM message").fetchone() == (2,)
     assert (tmp_path / "ledger.sqlite.1").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(("recipients", "shown"), [(1, 1000), (100, 1000), (10_000, 100)])
+def test_log_is_no_larger_than_what_the_caps_count(tmp_path: Path, recipients: int, shown: int) -> None:
+    """Texts of a thousand characters, which a customer writes once, are not in the log ten thousand times."""
+    book = Ledger(str(tmp_path), create=True)
+    row = about("www.a.example", 0, "", 1000)
+    row.queue_id, row.sender = "0" * 17, "s@a.example"
+    row.script, row.cwd, row.subject, row.message_id = "p" * 1000, "c" * 1000, "s" * 255, "m" * 255
+    with book.transaction():
+        book.log(
+            "held", row, 0, ((f"r{number}@x.example", "over limit 50/5m (50 used, 1 asked)", "") for number in range(recipients))
+        )
+    logged = list(book.select("SELECT * FROM mail_log WHERE event = 'held'", []))
+    assert len(logged) == recipients and {len(each["script"]) for each in logged} == {shown}
+    book.close()
+    if recipients > 1000:
+        assert (tmp_path / "ledger.sqlite").stat().st_size < recipients * RECIPIENT_SIZE

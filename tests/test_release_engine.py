@@ -23,7 +23,7 @@ from host import Host, text
 from servers import HANG_UP, YES, Answer, always_yes
 from servers import Scripted as Server
 
-from releaser import config, handover, layout, mailqueue, pickup, policy, release, usage
+from releaser import config, handover, layout, maildrops, mailqueue, pickup, policy, release, usage
 from releaser.batch import Batch
 from releaser.cli.main import run
 from releaser.ledger import CORRUPT, HELD, Ledger
@@ -1106,3 +1106,75 @@ def test_stop_does_not_hold_what_the_mta_has_refused(
         site.ledger.stop(A, "root", "broken into")
         work(engine, lambda: site.ls() == ["failed"] and site.states() == ["failed"], "it is in failed/")
     assert site.log("failed", "held") == [("failed", "r@x.example")]
+
+
+def test_leftovers_are_removed_a_little_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
+    """However many lie in tmp/, and whatever comes and goes there, a scan goes on with them for an instant, the next too."""
+    site = Site(tmp_path, server.url)
+    for number in range(20):
+        (site.spool / "vhosts" / A / f"tmp/old{number}").touch()
+    monkeypatch.setattr(layout, "TMP_MAX_AGE", -60)
+    monkeypatch.setattr(maildrops, "CLEANING_SECONDS", -1)
+    with site.started() as engine:
+        assert len(site.ls()) == 19
+        while len(site.ls()) > 10:
+            engine.scan()
+        for path in (site.spool / "vhosts" / A / "tmp").iterdir():
+            # Seen by now, and gone before its turn.
+            path.unlink()
+            (path.parent / f"{path.name}.later").touch()
+        (site.spool / "vhosts" / A / "tmp/last").touch()
+        monkeypatch.setattr(maildrops, "CLEANING_SECONDS", 10)
+        engine.scan()
+        engine._drops._next_cleaning = 0
+        engine.scan()
+        assert site.ls() == []
+
+
+def test_accounts_that_are_forgotten_loosen_no_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
+    """Memory has a few of them at a time: what was sent, and what is with the MTA, counts all the same."""
+    monkeypatch.setattr(release, "MOST_ACCOUNTS", 1)
+    monkeypatch.setattr(config, "MOST_FOUND", 1)
+    vhosts = (A, B, C)
+    waiting = threading.Event()
+    server.answer = lambda _: YES if waiting.wait(8) else None
+    site = Site(tmp_path, server.url, default="2/1h", vhosts=vhosts)
+    with site.started() as engine:
+        for vhost in vhosts:
+            site.put(vhost)
+        engine.scan()
+        work(engine, lambda: engine._handover.in_flight, "some are with the MTA")
+        for _ in range(3):
+            for vhost in vhosts:
+                site.put(vhost)
+            engine.scan()
+            engine.step()
+            assert len(engine._accounts) <= len(vhosts)
+        waiting.set()
+        settle(engine)
+        engine.scan()
+        settle(engine)
+        assert site.states() == ["done"] * 6 + ["held"] * 6 and len(server.messages) == 6
+
+
+def test_quiet_days_before_a_reboot_are_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
+    """Last written to soon after a start, then a quiet week: a start that is a little slower is one all the same."""
+    boottime, started, real = time.CLOCK_BOOTTIME, time.time(), time.clock_gettime
+    since_boot = [60.0]
+    monkeypatch.setattr(time, "clock_gettime", lambda which: since_boot[0] if which == boottime else real(which))
+    monkeypatch.setattr(time, "time", lambda: started + since_boot[0])
+    site = Site(tmp_path, server.url)
+    site.put()
+    with site.started() as engine:
+        settle(engine)
+        since_boot[0] += 7 * 86400
+        engine.step()
+    monkeypatch.setattr(time, "time", lambda: started + 7 * 86400 + since_boot[0])
+    since_boot[0] = 70.0
+    with site.engine():
+        assert abs(ledger_time(site) - time.time()) < 60
+
+
+def ledger_time(site: Site) -> float:
+    """What the ledger takes for the time."""
+    return site.ledger.clock.now()

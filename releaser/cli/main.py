@@ -9,7 +9,7 @@ import sys
 import click
 
 from releaser import config, identity, provision
-from releaser.cli import check, hold, output, report, vhost
+from releaser.cli import check, hold, log, output, report, vhost
 from releaser.cli.context import Context, Failed
 from releaser.ledger import LedgerError
 
@@ -33,6 +33,8 @@ secure_sendmail.add_command(vhost.resume)
 secure_sendmail.add_command(report.limits_)
 secure_sendmail.add_command(report.log_)
 secure_sendmail.add_command(report.status)
+secure_sendmail.add_command(log.top)
+secure_sendmail.add_command(log.trace)
 secure_sendmail.add_command(check.check)
 
 

@@ -48,3 +48,12 @@ def complain(sentence: str) -> None:
 
 def as_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
+
+
+def as_json_array(values: Iterable[Any]) -> None:
+    """VALUES as one array, each printed as it comes: there may be millions."""
+    begin = "["
+    for value in values:
+        print(begin + json.dumps(value), end="")
+        begin = ",\n"
+    print("[]" if begin == "[" else "]")

@@ -1,6 +1,5 @@
 """secure-sendmail status, limits, log: what is going on."""
 
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +10,11 @@ import click
 from releaser import mysql_log, policy, usage
 from releaser.cli import output
 from releaser.cli.context import Context, Failed, json_option, pass_context
-from releaser.cli.select import Filters, filters, time_
 from releaser.cli.vhost import queued
 from releaser.config import uid_of
 from releaser.ledger import ACTIVE, CORRUPT, FAILED, HELD, utc
 from releaser.limits import Account
 
-# Behind every time that a row can have.
-LAST = "9999-12-31T23:59:59.999999Z"
 SCHEMA = Path(__file__).resolve().parents[2] / "config/schema.sql"
 
 
@@ -137,38 +133,6 @@ def log_() -> None:
     """
 
 
-@log_.command("show")
-@filters
-@click.option("--event", metavar="NAME", help="Only this event: released, held, deferred, failed, deleted, …")
-@click.option("--last", type=click.IntRange(1, 10**9), metavar="N", help="Only the last N rows.")
-@json_option
-@pass_context
-def log_show(context: Context, chosen: Filters, event: str | None, last: int | None, as_json: bool) -> None:
-    """A row per event and recipient. Oldest first, from the ledger."""
-    condition, values = chosen.condition("logged_at", "lower(recipient) GLOB ?")
-    if event is not None:
-        condition += " AND event = ?"
-        values.append(event)
-    rows = list(context.ledger.log_rows(condition, values, last))
-    if as_json:
-        output.as_json(rows)
-        return
-    columns = [
-        "logged_at",
-        "event",
-        "queue_id",
-        "vhost",
-        "sender",
-        "recipient",
-        "subject",
-        "script",
-        "reason",
-        "mta_queue_id",
-        "actor",
-    ]
-    output.table([name.upper() for name in columns], ([row[name] for name in columns] for row in rows), "nothing is logged")
-
-
 @log_.command("init")
 @click.option("--print", "only_print", is_flag=True, help="Print the SQL, and do nothing.")
 @click.option("--user", metavar="NAME", help="Another MySQL user than the configured one, who may create tables.")
@@ -195,40 +159,6 @@ def log_init(context: Context, only_print: bool, user: str | None, password_file
         click.echo(schema, nl=False)
         raise click.exceptions.Exit(1) from None
     output.say(f"the tables of the log are in {server.database}")
-
-
-@log_.command("gc")
-@click.option("--node", metavar="NODE", required=True, help="Whose rows: the first column of the table in MySQL.")
-@click.option("--until", metavar="TIME", callback=time_, help="Only those logged until then: 2026-05-01, or 30d ago as 30d.")
-@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
-@pass_context
-def log_gc(context: Context, node: str, until: float | None, dry_run: bool, yes: bool) -> None:
-    """Delete the rows of a retired host, or of a ledger that was replaced, from MySQL.
-
-    Of a host that works, this one among them, only with --until; the rows of mail that still lies here always stay.
-    """
-    server, book = context.config.mysql, context.ledger
-    if server is None:
-        raise Failed(f"{context.file}: no [mysql] section: the ledger keeps the log, of this host alone")
-    if node == book.node and until is None:
-        raise Failed(f"{node} is this host's own node; say with --until which of its rows, such as --until 30d")
-    try:
-        retired = mysql_log.Retired(server, book, node, utc(until) if until is not None else LAST)
-        if not retired.rows:
-            output.say(f"{server.database} has no such rows of node {node}")
-            return
-        output.say(f"{retired.rows} rows of node {node}, host {retired.host}, the last of {retired.last[:19]}Z")
-        if dry_run:
-            return
-        if not yes:
-            if not sys.stdin.isatty():
-                raise click.UsageError("without a terminal, this log gc needs --yes")
-            click.confirm("delete?", abort=True)
-        output.say(f"{sum(retired.delete())} rows deleted")
-        retired.close()
-    except mysql_log.LogError as error:
-        raise Failed(f"{server.database}: {error}") from None
 
 
 def windows(context: Context, name: str) -> list[dict[str, Any]]:

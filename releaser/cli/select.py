@@ -10,6 +10,7 @@ import click
 
 from releaser import config, layout
 from releaser.ledger import utc
+from releaser.logbook import Source, like
 
 # The last one of the year 9999.
 LAST_SECOND = 253_402_300_799
@@ -34,6 +35,38 @@ class Filters:
         """Whether a filter besides ids and --all is given."""
         texts = (self.vhost, self.sender, self.recipient, self.script, self.reason)
         return any(text is not None for text in (*texts, self.since, self.until))
+
+    def log_condition(self, source: Source, hashed: Callable[[str], str], event: str | None = None) -> tuple[str, list[object]]:
+        """The SQL condition on rows of the log, for SOURCE, and its values; HASHED gives what may stand for a recipient."""
+        parts, values = ["1 = 1"], list[object]()
+        if self.ids:
+            parts.append(f"queue_id IN ({', '.join('?' * len(self.ids))})")
+            values += self.ids
+        for column, text, inside in (
+            ("vhost", self.vhost, False),
+            ("sender", self.sender, False),
+            ("recipient", self.recipient, False),
+            ("script", self.script, True),
+            ("reason", self.reason, True),
+            ("event", event, False),
+        ):
+            if text is None:
+                continue
+            if inside or "*" in text or "?" in text:
+                parts.append(f"lower({column}) LIKE ? ESCAPE '!'")
+                values.append(like(text, inside))
+            elif column == "recipient":
+                parts.append("(lower(recipient) = ? OR recipient = ?)")
+                values += [text.lower(), hashed(text)]
+            else:
+                # Names of vhosts and events are in lower case as they are.
+                parts.append(f"{column if column in ('vhost', 'event') else f'lower({column})'} = ?")
+                values.append(text.lower())
+        for operator, stamp in ((">=", self.since), ("<=", self.until)):
+            if stamp is not None:
+                parts.append(f"logged_at {operator} ?")
+                values.append(source.time(stamp))
+        return " AND ".join(parts), values
 
     def condition(self, time_column: str, recipient: str, reason: str = "reason") -> tuple[str, list[object]]:
         """The SQL condition and its values. RECIPIENT is an SQL condition on one recipient, with a place for its pattern."""
