@@ -638,10 +638,6 @@ class Ledger:
 
     # What is shipped to MySQL: the rows of mail_log behind the last one that is known to be there.
 
-    def _meta(self, key: str) -> str:
-        found = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        return str(found[0]) if found else ""
-
     def _set_meta(self, key: str, value: str) -> None:
         self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 

@@ -326,7 +326,8 @@ class Shipper:
         self._settled = node
         while there := _all(connection, sql, node, book.shipped(), BATCH_ROWS):
             places = ", ".join("?" * len(there))
-            of_node = book.log_rows(f"node = ? AND seq IN ({places})", [node, *(row[0] for row in there)], None)
+            sql_of_ours = f"SELECT seq, logged_at, event, queue_id FROM mail_log WHERE node = ? AND seq IN ({places})"
+            of_node = book.select(sql_of_ours, [node, *(row[0] for row in there)])
             ours = {row["seq"]: [_time_of(row["logged_at"]), row["event"], row["queue_id"]] for row in of_node}
             same = [ours.get(seq) == facts for seq, *facts in there]
             first = same.index(False) if False in same else len(there)

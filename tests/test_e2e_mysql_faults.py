@@ -40,7 +40,7 @@ def logging(server: MariaDB, password: Path) -> Iterator[Host]:
 
 def shipped(host: Host, rows: int) -> None:
     """Wait until there are so many rows, and none waits."""
-    host.wait(lambda: len(host.json("log")) == rows and host.json("status")["outbox"] == 0, f"{rows} rows are shipped", 90)
+    host.wait(lambda: len(host.rows()) == rows and host.json("status")["outbox"] == 0, f"{rows} rows are shipped", 90)
 
 
 def three(host: Host, second: bytes) -> None:
@@ -72,7 +72,7 @@ def test_row_that_is_refused_for_its_content(logging: Host, server: MariaDB, tab
     with logging.running():
         shipped(logging, 3)
     assert server.rows("seq, subject") == [(1, "first"), (2, becomes), (3, "third")]
-    assert [row["subject"] for row in logging.json("log")] == ["first", GREEK, "third"]
+    assert [row["subject"] for row in logging.rows()] == ["first", GREEK, "third"]
     assert [row[0] for row in server.rows("event")] == ["released"] * 3
     lines = [line for line in logging.log().splitlines() if "for its content" in line]
     assert len(lines) == 1 and "log row 2" in lines[0] and logging.log().count("MySQL does not take") == 0
@@ -97,7 +97,7 @@ def test_table_that_takes_no_row_at_all(logging: Host, server: MariaDB) -> None:
         assert server.rows() == []
         server.root("DROP TRIGGER picky")
         shipped(logging, 3)
-    assert rows_of(server) == logging.json("log")
+    assert rows_of(server) == logging.rows()
 
 
 def test_row_larger_than_max_allowed_packet(logging: Host, server: MariaDB) -> None:
@@ -140,7 +140,7 @@ def test_answers_that_are_lost(server: MariaDB, password: Path) -> None:
                 host.wait(lambda: len(server.rows()) == number + 1, "it is in MySQL")  # noqa: B023
             shipped(host, 10)
         assert proxy.lose == 0
-        assert rows_of(server) == host.json("log")
+        assert rows_of(server) == host.rows()
 
 
 @pytest.mark.parametrize("kept", ["disk", "table"])
@@ -184,7 +184,7 @@ def test_full(password: Path, kept: str) -> None:
                 server.options[1] += ";ibdata3:20M"
                 server.start()
             shipped(host, rows)
-        assert rows_of(server) == host.json("log")
+        assert rows_of(server) == host.rows()
 
 
 # Logins that PyMySQL cannot do as it is installed.
@@ -252,7 +252,7 @@ def test_reload_and_end_while_the_server_is_frozen(logging: Host, server: MariaD
                 begun = time.monotonic()
                 logging.configure(extra=logging_to(server, password, f'retention = "{retention}"\n'))
                 logging.send(VHOST)
-                logging.wait(lambda: len(logging.json("log", "--last", "9")) >= 3, "mail is sent")
+                logging.wait(lambda: len(logging.json("log", "--source", "ledger", "--last", "9")) >= 3, "mail is sent")
                 logging.wait(lambda: "configuration loaded" in logging.log(), "it is loaded")
             logging.wait_for_mail(4)
             # One that waited for MySQL would take the time of its answers, twice.
@@ -260,7 +260,7 @@ def test_reload_and_end_while_the_server_is_frozen(logging: Host, server: MariaD
         finally:
             server.signal(signal.SIGCONT)
         shipped(logging, 4)
-    assert rows_of(server) == logging.json("log")
+    assert rows_of(server) == logging.rows()
 
 
 # outbox_max.
@@ -290,7 +290,7 @@ def test_outbox_max(server: MariaDB, password: Path) -> None:
                     vhost = (VHOST, others)[number % 2]
                     host.send(vhost, message=text(*(f"r{each}@{'x' * 50}.example" for each in range(250)), subject="s" * 60))
                     sent[vhost, "released" if sent[vhost, "released"] < 3000 else "held"] += 250
-                host.wait(lambda: sums(host.json("log")) == sent, "all are logged")
+                host.wait(lambda: sums(host.rows()) == sent, "all are logged")
 
             host.cli("stop", "www.c.example", "--why", "a row about a vhost", check=False)
             send(12)
@@ -307,7 +307,7 @@ def test_outbox_max(server: MariaDB, password: Path) -> None:
             host.wait(lambda: host.json("status")["outbox"] == 0, "the rows are shipped", timeout=90)
             assert host.json("status")["log_waits"] == {}
         logged = rows_of(server)
-        assert logged == host.json("log")
+        assert logged == host.rows()
         assert sums(logged) == sent and sum(sent.values()) == len(logged) + int(
             sum(row["size"] - 1 for row in logged if not row["queue_id"])
         )

@@ -35,7 +35,7 @@ def logging(server: MariaDB, password: Path) -> Iterator[Host]:
 def send(host: Host, *names: str) -> None:
     for name in names:
         host.send(VHOST, message=text("a@x.example", subject=name))
-    host.wait(lambda: {row["subject"] for row in host.json("log")} >= set(names), "they are logged")
+    host.wait(lambda: {row["subject"] for row in host.rows()} >= set(names), "they are logged")
 
 
 def shipped(host: Host) -> None:
@@ -105,7 +105,7 @@ def test_node_of_a_restored_ledger(logging: Host, server: MariaDB, since: int, w
     (line,) = [line for line in logging.log().splitlines() if "does not know" in line]
     old = next(node for node, names in nodes(server).items() if "1" in names)
     assert f"log gc --node {old}" in line
-    assert {row["node"] for row in logging.json("log", "--last", "5")} == set(nodes(server)) - {old}
+    assert {row["node"] for row in logging.json("log", "--source", "ledger", "--last", "5")} == set(nodes(server)) - {old}
 
 
 def test_node_of_a_lost_ledger(logging: Host, server: MariaDB) -> None:
@@ -202,7 +202,7 @@ def test_node_of_a_retired_host(logging: Host, server: MariaDB) -> None:
             f"INSERT INTO mail_log (node, seq, queue_id, {columns}) SELECT '{node}', n.seq, 'gone', "
             f"{columns.replace('subject', repr(name))} FROM mail_log, seq_1_to_1800 AS n WHERE mail_log.subject = '1'"
         )
-    own = logging.json("log")[0]["node"]
+    own = logging.rows()[0]["node"]
 
     def gc(*words: str) -> tuple[int, str]:
         run = logging.cli("log", "gc", *words, check=False)
