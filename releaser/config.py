@@ -200,6 +200,11 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "log_subject": Key(_one_of(("plain", "none")), "plain"),
         "log_recipients": Key(_one_of(("plain", "hash")), "plain"),
     },
+    "retention": {
+        "ledger": Key(duration, "168h"),
+        "trash": Key(duration, "30d"),
+        "failed": Key(duration, "30d"),
+    },
 }
 
 # So many vhosts beside those that are configured by name have their settings kept.
@@ -305,6 +310,10 @@ class Config:
     shared_uid: tuple[limits.Limit, ...] | None
     # Bytes; 0: the file system is not looked at.
     min_free: int
+    # Seconds that the ledger keeps its log and what has ended, and trash/ and failed/ their messages.
+    keep_ledger: int
+    keep_trash: int
+    keep_failed: int
     # Whom one mail per incident goes to.
     notify: str | None
     # None: the ledger alone keeps the log.
@@ -393,6 +402,13 @@ class Config:
         return settings
 
     @property
+    def longest(self) -> int:
+        """The seconds of the longest window of all."""
+        named = (keys["limits"] for keys in (*self._exact.values(), *self._patterns.values()) if "limits" in keys)
+        found = (self._sections["limits"]["default"], self.shared_uid or (), *named)
+        return max((limit.seconds for each in found for limit in each), default=0)
+
+    @property
     def least_caps(self) -> tuple[int, int]:
         """The smallest hold_max_messages and hold_max_bytes that hold for anyone."""
         messages, size = "hold_max_messages", "hold_max_bytes"
@@ -444,6 +460,9 @@ def load(file: str) -> Config:
         log_recipients=sections["log"]["log_recipients"] == "plain",
         shared_uid=sections["limits"]["shared_uid"],
         min_free=sections["limits"]["min_free"],
+        keep_ledger=sections["retention"]["ledger"],
+        keep_trash=sections["retention"]["trash"],
+        keep_failed=sections["retention"]["failed"],
         notify=sections["limits"]["notify"],
         mysql=Mysql(**sections["mysql"]) if "mysql" in document else None,
         _sections=sections,

@@ -733,16 +733,67 @@ class Ledger:
         sql = f"SELECT queue_id FROM message WHERE state NOT IN ('done', 'unknown') AND queue_id IN ({places})"
         return {found[0] for found in self._db.execute(sql, queue_ids)}
 
-    def collect(self, before: str) -> None:
-        """Delete log rows that are shipped and older than BEFORE, those of mail that still lies here excepted."""
+    # Garbage collection, a little at a time: each method goes on behind the position that the last one returned, None: done.
+
+    def collect_log(self, before: str, position: tuple[str, int], shipped: bool, most: int) -> tuple[tuple[str, int] | None, int]:
+        """Look at MOST rows of the log from BEFORE then, and delete those of mail that lies here no more; how many.
+
+        SHIPPED: only what is in MySQL.
+        """
         sql = (
-            "DELETE FROM mail_log WHERE seq IN (SELECT seq FROM mail_log WHERE logged_at < ? AND seq <= ? AND queue_id NOT IN "
-            "(SELECT queue_id FROM message WHERE state NOT IN ('done', 'unknown')) LIMIT 1000)"
+            "SELECT logged_at, seq, EXISTS (SELECT 1 FROM message WHERE message.queue_id = mail_log.queue_id AND "
+            f"{UNFINISHED}) AS kept FROM mail_log WHERE logged_at < ? AND (logged_at, seq) > (?, ?) "
+            "ORDER BY logged_at, seq LIMIT ?"
         )
-        while True:
+        found = self._db.execute(sql, (before, *position, most)).fetchall()
+        last = self.shipped() if shipped else None
+        old = [row["seq"] for row in found if not row["kept"] and (last is None or row["seq"] <= last)]
+        self._delete("mail_log", "seq", old)
+        return (found[-1]["logged_at"], found[-1]["seq"]) if len(found) == most else None, len(old)
+
+    def collect_messages(self, before: str, counted: float, position: int, most: int) -> int | None:
+        """Look at MOST messages, and forget those from BEFORE then that have ended and count for no window since COUNTED."""
+        sql = "SELECT rowid, state, source, picked_up_at, counted_at FROM message WHERE rowid > ? ORDER BY rowid LIMIT ?"
+        found = self._db.execute(sql, (position, most)).fetchall()
+        old = [
+            row["rowid"]
+            for row in found
+            if row["state"] in (DONE, UNKNOWN) and row["source"] is None and row["picked_up_at"] < before
+            and (row["counted_at"] is None or row["counted_at"] < counted)
+        ]  # fmt: skip
+        self._delete("message", "rowid", old)
+        # They are in the order in which they were picked up, but for what the clock was put back.
+        more = len(found) == most and any(row["picked_up_at"] < before for row in found)
+        return found[-1]["rowid"] if more else None
+
+    def expire(self, state: str, before: str, position: str, most: int, reason: str) -> tuple[str | None, list[Row]]:
+        """Look at MOST messages in STATE, and end those that are there since BEFORE then and are not to be moved: which."""
+
+        def old(row: Row) -> bool:
+            since = max(row.executed_at or "", row.held_at or "", row.picked_up_at)
+            return row.state == state and (row.decision is None or row.executed_at is not None) and since < before
+
+        found = self.rows("state = ? AND queue_id > ?", state, position, most=most)
+        ended = []
+        if any(map(old, found)):
             with self.transaction():
-                if not self._db.execute(sql, (before, self.shipped())).rowcount:
-                    return
+                # A person may have decided meanwhile.
+                for row in filter(old, self.rows("state = ? AND queue_id > ?", state, position, most=most)):
+                    self.log("expired", row, time.time(), [(recipient, reason, "") for recipient in row.concerned])
+                    row.state = DONE
+                    self.put(row)
+                    ended.append(row)
+        return found[-1].queue_id if len(found) == most else None, ended
+
+    def collect_incidents(self, before: float) -> None:
+        """Forget incidents that were over and told of BEFORE then, by the clock of the ledger."""
+        old = self._db.execute("SELECT id FROM incident WHERE ended_at < ? AND notified_at < ?", (before, before))
+        self._delete("incident", "id", [row["id"] for row in old])
+
+    def _delete(self, table: str, key: str, values: list[int]) -> None:
+        if values:
+            with self.transaction():
+                self._db.executemany(f"DELETE FROM {table} WHERE {key} = ?", [(value,) for value in values])
 
     # What the command uses.
 

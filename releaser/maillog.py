@@ -102,6 +102,14 @@ def undecided(queue_id: str, vhost: str, error: Exception) -> str:
     return f"{queue_id}: internal error, the decision waits vhost={vhost} error={error!r}"
 
 
+def collected(where: str, rows: int, retention: int) -> str:
+    return f"{rows} rows of {where} were older than {retention} s, deleted"
+
+
+def expired(queue_id: str, vhost: str, queue: str) -> str:
+    return f"{queue_id}: expired vhost={vhost} queue={queue}"
+
+
 def left_for_start(error: Exception) -> str:
     return f"a file could not be moved or removed, the next start sees to it: {error}"
 

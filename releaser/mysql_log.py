@@ -484,9 +484,8 @@ def collect(
     for rows in delete(book, connection, book.node, before):
         deleted += rows
         between()
-    book.collect(before)
     if deleted:
-        line = errorlog.collected(time.time(), deleted, retention)
+        line = errorlog.collected(time.time(), f"{deleted} rows", retention)
         LOG.info(line)
         if error_log:
             try:
