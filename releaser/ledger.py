@@ -677,6 +677,12 @@ class Ledger:
         sql = f"SELECT {', '.join(LOG_COLUMNS)} FROM mail_log WHERE seq > ? ORDER BY seq LIMIT ?"
         return [dict(found) for found in self._db.execute(sql, (after, most))]
 
+    def log_facts(self, node: str, numbers: list[int]) -> list[tuple[int, str, str, str]]:
+        """(seq, logged_at, event, queue_id) of those rows of NODE with NUMBERS that are here."""
+        places = ", ".join("?" * len(numbers))
+        sql = f"SELECT seq, logged_at, event, queue_id FROM mail_log WHERE node = ? AND seq IN ({places})"
+        return [(found[0], found[1], found[2], found[3]) for found in self._db.execute(sql, (node, *numbers))]
+
     def outbox(self) -> int:
         """How many rows wait to be shipped."""
         return int(self._db.execute("SELECT count(*) FROM mail_log WHERE seq > ?", (self.shipped(),)).fetchone()[0])

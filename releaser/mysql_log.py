@@ -26,7 +26,9 @@ from releaser.config import Mysql
 from releaser.ledger import LOG_COLUMNS, Ledger, utc
 from releaser.maillog import LOG
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+# Versions of the tables that rows can be added to: the later one has other indexes.
+SHIPPABLE = (1, 2)
 # Rows in one INSERT at most, and the share of max_allowed_packet that its text may take.
 BATCH_ROWS = 500
 PACKET_SHARE = 4
@@ -50,11 +52,16 @@ CONTENT_ERRORS = frozenset((1048, 1264, 1265, 1292, 1300, 1366, 1406, 1411, 1644
 TOO_LARGE = 1153
 GONE_ERRORS = frozenset((2006, 2013, TOO_LARGE))
 DUPLICATE = 1062
+# A column or a key of that name is there, or was dropped.
+DONE_ALREADY = (1060, 1061, 1091)
+# Seconds that changing a table of millions of rows may take.
+ALTER_TIMEOUT = 6 * 3600
 # What is left of a row that was refused.
 BARE, STUB = "in plain ASCII", "without its text, which the ledger has"
 # What to do, where that is not the server's administrator's to know.
 ADVICE = {
     1146: "run: secure-sendmail log init",
+    1054: "run: secure-sendmail log migrate",
     1142: "GRANT INSERT, SELECT, DELETE on the log's tables",
 }
 
@@ -71,8 +78,8 @@ class LogError(Exception):
     """MySQL cannot be used as it is set up; the text says why."""
 
 
-def connect(server: Mysql) -> "pymysql.connections.Connection[Any]":
-    """A session in UTC that commits each statement. Raises LogError."""
+def connect(server: Mysql, patience: int = REPLY_TIMEOUT) -> "pymysql.connections.Connection[Any]":
+    """A session in UTC that commits each statement, and waits PATIENCE seconds for each answer. Raises LogError."""
     try:
         return pymysql.connect(
             host=server.host,
@@ -83,8 +90,8 @@ def connect(server: Mysql) -> "pymysql.connections.Connection[Any]":
             database=server.database,
             charset="utf8mb4",
             connect_timeout=CONNECT_TIMEOUT,
-            read_timeout=REPLY_TIMEOUT,
-            write_timeout=REPLY_TIMEOUT,
+            read_timeout=patience,
+            write_timeout=patience,
             autocommit=True,
             # A certificate of the server's own making is only believed where its authority is configured.
             ssl=ssl.create_default_context(cafile=server.tls_ca) if server.tls_ca else None,
@@ -115,16 +122,47 @@ def statements(schema: str) -> list[str]:
     return [text.strip() for text in without_comments.split(";") if text.strip()]
 
 
-def initialise(server: Mysql, schema: str) -> None:
-    """Run SCHEMA in the log's database. Raises LogError."""
-    connection = connect(server)
-    try:
+def initialise(server: Mysql, schema: str) -> int:
+    """Run SCHEMA in the log's database, where what it makes is not there; return its version. Raises LogError."""
+    with _alone(server) as connection:
         for statement in statements(schema):
             _do(connection, statement)
+        return version_of(connection)
+
+
+def migrate(server: Mysql, steps: dict[int, str]) -> list[int]:
+    """Carry out those of STEPS, each the SQL that leads to its version, that are ahead; return them. Raises LogError."""
+    made = []
+    with _alone(server) as connection:
+        for version in sorted(set(steps) - set(range(version_of(connection) + 1))):
+            for statement in statements(steps[version]):
+                try:
+                    _do(connection, statement)
+                except pymysql.MySQLError as error:
+                    # An earlier run has come so far.
+                    if error.args[0] not in DONE_ALREADY:
+                        raise
+            made.append(version)
+    return made
+
+
+@contextmanager
+def _alone(server: Mysql) -> Iterator[Any]:
+    """A session for those who change tables, one at a time. Raises LogError."""
+    connection = connect(server, ALTER_TIMEOUT)
+    try:
+        if _one(connection, "SELECT GET_LOCK(%s, %s)", f"{server.database}.mail_log", LOCK_TIMEOUT) != 1:
+            raise LogError("somebody else changes the tables")
+        yield connection
     except pymysql.MySQLError as error:
         raise LogError(words(error)) from None
     finally:
         _close(connection)
+
+
+def version_of(connection: Any) -> int:
+    """The version of the tables. Raises pymysql.MySQLError."""
+    return int(_one(connection, "SELECT MAX(version) FROM mail_log_schema") or 0)
 
 
 def words(error: BaseException) -> str:
@@ -250,9 +288,10 @@ class Shipper:
             book.close()
 
     def _begin(self, connection: Any) -> None:
-        version = _one(connection, "SELECT MAX(version) FROM mail_log_schema")
-        if version != SCHEMA_VERSION:
-            raise LogError(f"schema version {version}, this program needs {SCHEMA_VERSION}; run: secure-sendmail log init")
+        version = version_of(connection)
+        if version not in SHIPPABLE:
+            what = "upgrade it" if version > SCHEMA_VERSION else "run: secure-sendmail log init"
+            raise LogError(f"the tables are of version {version}, this program's are of {SCHEMA_VERSION}; {what}")
         self._packet = int(_one(connection, "SELECT @@max_allowed_packet"))
         self._settled = ""
 
@@ -325,10 +364,7 @@ class Shipper:
         sql = "SELECT seq, logged_at, event, queue_id FROM mail_log WHERE node = %s AND seq > %s ORDER BY seq LIMIT %s"
         self._settled = node
         while there := _all(connection, sql, node, book.shipped(), BATCH_ROWS):
-            places = ", ".join("?" * len(there))
-            sql_of_ours = f"SELECT seq, logged_at, event, queue_id FROM mail_log WHERE node = ? AND seq IN ({places})"
-            of_node = book.select(sql_of_ours, [node, *(row[0] for row in there)])
-            ours = {row["seq"]: [_time_of(row["logged_at"]), row["event"], row["queue_id"]] for row in of_node}
+            ours = {seq: [_time_of(facts[0]), *facts[1:]] for seq, *facts in book.log_facts(node, [row[0] for row in there])}
             same = [ours.get(seq) == facts for seq, *facts in there]
             first = same.index(False) if False in same else len(there)
             if first:
@@ -622,7 +658,7 @@ def forget(connection: Any, address: str, hashed: str, forgotten: str) -> int:
     try:
         for column in (LOG_COLUMNS.index("recipient"), LOG_COLUMNS.index("sender")):
             name = LOG_COLUMNS[column]
-            sql = f"SELECT {', '.join(LOG_COLUMNS)} FROM mail_log WHERE lower({name}) = %s OR {name} = %s LIMIT %s"
+            sql = f"SELECT {', '.join(LOG_COLUMNS)} FROM mail_log WHERE {name}_lower IN (%s, %s) LIMIT %s"
             while rows := _all(connection, sql, address.lower(), hashed, BATCH_ROWS):
                 rewritten = []
                 for row in rows:

@@ -13,11 +13,10 @@ import click
 from releaser import layout, logbook
 from releaser.cli import output
 from releaser.cli.context import Context, Failed, json_option, pass_context
-from releaser.cli.report import log_
-from releaser.cli.select import Filters, filters, time_
-from releaser.ledger import ACTIVE, CORRUPT, FAILED, HELD, LOG_COLUMNS, TRASHED, Row, utc
+from releaser.cli.select import Filters, filters
+from releaser.ledger import ACTIVE, CORRUPT, FAILED, HELD, LOG_COLUMNS, TRASHED, Row
 from releaser.logbook import InLedger, InMysql, Source
-from releaser.mysql_log import LogError, Retired
+from releaser.mysql_log import LogError
 from releaser.visible import visible
 
 SHOWN = [
@@ -27,12 +26,26 @@ SHOWN = [
 PAGE, TRACED = 100, 10
 # Seconds between looks for new rows.
 FOLLOW = 1
-# Seconds that rows on their way to MySQL have to arrive.
-PATIENCE = 30
 DAY = 86400
-# Behind every time that a row can have.
-LAST = "9999-12-31T23:59:59.999999Z"
 BY = ("vhost", "script", "sender", "domain", "recipient")
+
+
+class _DefaultGroup(click.Group):
+    """A group whose verb `show` need not be named: `log --vhost V` is `log show --vhost V`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args or (args[0] not in self.commands and args[0] not in ("-h", "--help")):
+            args = ["show", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group("log", cls=_DefaultGroup)
+def log_() -> None:
+    """What became of every mail.
+
+    `show` need not be named: `log --vhost V` is `log show --vhost V`; `log show --help` has the filters.
+    """
+
 
 source_option = click.option(
     "--source", "wanted", type=click.Choice(["mysql", "ledger"]), help="Default: mysql where it is configured and answers."
@@ -144,73 +157,6 @@ def _cell(value: object) -> object:
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "'")) else text
 
 
-@log_.command("forget")
-@click.argument("address")
-@click.option("--yes", is_flag=True, help="Do not ask.")
-@pass_context
-def log_forget(context: Context, address: str, yes: bool) -> None:
-    """Take a recipient's or sender's ADDRESS out of the log, for good.
-
-    Its rows stay, with (forgotten) in its place and without a subject: in the ledger, in what waits for MySQL, and in MySQL.
-    Mail to or from it that still lies here is named, and stays.
-    """
-    if "@" not in address:
-        raise click.UsageError(f"{address[:80]!r} is not an address")
-    if not yes:
-        if not sys.stdin.isatty():
-            raise click.UsageError("without a terminal, this log forget needs --yes")
-        click.confirm(f"forget {address} in the log?", abort=True)
-    book, server = context.ledger, context.config.mysql
-    count = book.forget(address)
-    if server is not None:
-        # What was on its way meanwhile has arrived by then.
-        until = time.monotonic() + PATIENCE
-        while book.outbox() and context.running and time.monotonic() < until:
-            time.sleep(0.1)
-        try:
-            count = max(count, InMysql(server).forget(address, book.privacy.hashed(address)))
-        except LogError as error:
-            raise Failed(f"MySQL: {error}; it is forgotten in the ledger alone, run this again") from None
-    output.say(f"forgotten in {count} row{'' if count == 1 else 's'} of the log")
-    here = book.lies_here(address)
-    if here:
-        output.say(f"mail to or from {address} still lies here, hold delete removes it: {' '.join(here)}")
-
-
-@log_.command("gc")
-@click.option("--node", metavar="NODE", required=True, help="Whose rows: the first column of the table in MySQL.")
-@click.option("--until", metavar="TIME", callback=time_, help="Only those logged until then: 2026-05-01, or 30d ago as 30d.")
-@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
-@pass_context
-def log_gc(context: Context, node: str, until: float | None, dry_run: bool, yes: bool) -> None:
-    """Delete the rows of a retired host, or of a ledger that was replaced, from MySQL.
-
-    Of a host that works, this one among them, only with --until; the rows of mail that still lies here always stay.
-    """
-    server, book = context.config.mysql, context.ledger
-    if server is None:
-        raise Failed(f"{context.file}: no [mysql] section: the ledger keeps the log, of this host alone")
-    if node == book.node and until is None:
-        raise Failed(f"{node} is this host's own node; say with --until which of its rows, such as --until 30d")
-    try:
-        retired = Retired(server, book, node, utc(until) if until is not None else LAST)
-        if not retired.rows:
-            output.say(f"{server.database} has no such rows of node {node}")
-            return
-        output.say(f"{retired.rows} rows of node {node}, host {retired.host}, the last of {retired.last[:19]}Z")
-        if dry_run:
-            return
-        if not yes:
-            if not sys.stdin.isatty():
-                raise click.UsageError("without a terminal, this log gc needs --yes")
-            click.confirm("delete?", abort=True)
-        output.say(f"{sum(retired.delete())} rows deleted")
-        retired.close()
-    except LogError as error:
-        raise Failed(f"{server.database}: {error}") from None
-
-
 @click.command()
 @click.option(
     "--by", type=click.Choice(BY), default="vhost", show_default=True, help="What is counted for; domain: of the recipients."
@@ -290,7 +236,8 @@ def _messages(source: Source, what: str, hashed: str, most: int) -> list[str]:
     elif what.startswith("<"):
         conditions = [("message_id = ?", [what])]
     elif "@" in what:
-        conditions = [("(lower(recipient) = ? OR recipient = ?)", [what.lower(), hashed]), ("message_id = ?", [f"<{what}>"])]
+        address = f"{source.lower('recipient')} IN (?, ?)"
+        conditions = [(address, [what.lower(), hashed]), ("message_id = ?", [f"<{what}>"])]
     else:
         conditions = [("mta_queue_id = ?", [what])]
     for condition, values in conditions:

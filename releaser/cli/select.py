@@ -52,15 +52,16 @@ class Filters:
         ):
             if text is None:
                 continue
+            # Names of vhosts and events are in lower case as they are.
+            name = column if column in ("vhost", "event") else source.lower(column)
             if inside or "*" in text or "?" in text:
-                parts.append(f"lower({column}) LIKE ? ESCAPE '!'")
+                parts.append(f"{name} LIKE ? ESCAPE '!'")
                 values.append(like(text, inside))
             elif column == "recipient":
-                parts.append("(lower(recipient) = ? OR recipient = ?)")
+                parts.append(f"{name} IN (?, ?)")
                 values += [text.lower(), hashed(text)]
             else:
-                # Names of vhosts and events are in lower case as they are.
-                parts.append(f"{column if column in ('vhost', 'event') else f'lower({column})'} = ?")
+                parts.append(f"{name} = ?")
                 values.append(text.lower())
         for operator, stamp in ((">=", self.since), ("<=", self.until)):
             if stamp is not None:
