@@ -80,6 +80,9 @@ class LogError(Exception):
 
 def connect(server: Mysql, patience: int = REPLY_TIMEOUT) -> "pymysql.connections.Connection[Any]":
     """A session in UTC that commits each statement, and waits PATIENCE seconds for each answer. Raises LogError."""
+    if patience > REPLY_TIMEOUT:
+        # A server that does not answer at all is known sooner.
+        _close(connect(server))
     try:
         return pymysql.connect(
             host=server.host,

@@ -248,15 +248,16 @@ def test_ended_before_each_statement(server: MariaDB, tmp_path: Path) -> None:
         server.root("UPDATE mail_log SET logged_at = '2020-01-01'")
         for name in ("d", "e"):
             site.send(name)
-        site.configure("2/1h")
+        site.configure("2/1h", extra='[retention]\nledger = "876000h"\n')
         assert site.run(site.releaser()).status == 0
         site.configure("2/1h", extra=section)
         saved, ends = site.save(), 0
-        server.root("CREATE OR REPLACE TABLE saved AS SELECT * FROM mail_log")
+        columns = ", ".join(LOG_COLUMNS)
+        server.root(f"CREATE OR REPLACE TABLE saved AS SELECT {columns} FROM mail_log")
         for number in range(1, 200):
             site.restore(saved)
             server.root("DELETE FROM mail_log")
-            server.root("INSERT INTO mail_log SELECT * FROM saved")
+            server.root(f"INSERT INTO mail_log ({columns}) SELECT {columns} FROM saved")
             ended = site.run(site.releaser(), number, (EXIT, KILL)[number % 2])
             if ended.status == 0:
                 break
@@ -266,4 +267,4 @@ def test_ended_before_each_statement(server: MariaDB, tmp_path: Path) -> None:
             assert site.run(site.releaser()).status == 0, point
             for rows in (server.rows("event, recipient"), site.sql("SELECT event, recipient FROM mail_log ORDER BY seq")):
                 assert rows == [("held", f"{name}@x.example") for name in "cde"], point
-        assert ended.calls.count("query") > 5 and ended.calls.count("COMMIT") > 2 and ends > 8
+        assert ended.calls.count("query") > 5 and ended.calls.count("COMMIT") >= 2 and ends > 8
