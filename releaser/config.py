@@ -199,6 +199,7 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "error_log": Key(_file, None),
         "log_subject": Key(_one_of(("plain", "none")), "plain"),
         "log_recipients": Key(_one_of(("plain", "hash")), "plain"),
+        "journal": Key(_one_of(("ids", "addresses")), "ids"),
     },
     "retention": {
         "ledger": Key(duration, "168h"),
@@ -306,6 +307,8 @@ class Config:
     # Whether the log has them as they are.
     log_subject: bool
     log_recipients: bool
+    # Whether the daemon's own log names senders and recipients.
+    journal_addresses: bool
     # Of a uid that several vhosts share, together.
     shared_uid: tuple[limits.Limit, ...] | None
     # Bytes; 0: the file system is not looked at.
@@ -458,6 +461,7 @@ def load(file: str) -> Config:
         error_log=sections["log"]["error_log"],
         log_subject=sections["log"]["log_subject"] == "plain",
         log_recipients=sections["log"]["log_recipients"] == "plain",
+        journal_addresses=sections["log"]["journal"] == "addresses",
         shared_uid=sections["limits"]["shared_uid"],
         min_free=sections["limits"]["min_free"],
         keep_ledger=sections["retention"]["ledger"],

@@ -1,11 +1,18 @@
-"""Every sentence of the daemon's log, a function each: queue id first, then key=value. No addresses: the log tables have them."""
+"""Every sentence of the daemon's log, a function each: queue id first, then key=value.
+
+No addresses but where they are asked for: the log tables have them.
+"""
 
 import logging
 import os
 import re
 import sys
 
+from releaser.visible import visible
+
 LOG = logging.getLogger("secure-sendmail")
+# Recipients of a message in a line.
+NAMED = 50
 
 
 def start() -> None:
@@ -16,6 +23,11 @@ def start() -> None:
     handler.setFormatter(logging.Formatter(f"{name}%(levelname)s: %(message)s"))
     LOG.addHandler(handler)
     LOG.setLevel(logging.INFO)
+
+
+def addresses(queue_id: str, sender: str, recipients: list[str]) -> str:
+    more = f",… {len(recipients)} in all" if len(recipients) > NAMED else ""
+    return f"{queue_id}: from={visible(f'<{sender}>')} to={visible(','.join(f'<{each}>' for each in recipients[:NAMED]))}{more}"
 
 
 def released(queue_id: str, vhost: str, sent: int, attempt: int, note: str) -> str:

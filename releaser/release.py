@@ -435,6 +435,8 @@ class Releaser:
         if known is not None:
             self._replaced(batch, known)
         row = self._new_row(submitted)
+        if self.config.journal_addresses:
+            LOG.info(maillog.addresses(row.queue_id, row.sender, row.remaining))
         self._let_in(row)
         settings = self._settings(row.vhost)
         reason, excess = self._verdict(submitted, row)

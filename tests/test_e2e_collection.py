@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import pymysql
 import pytest
 from host import Host, text
 from mariadb import MariaDB
@@ -128,6 +129,30 @@ def test_what_mysql_has_not_stays(server: MariaDB, password: Path) -> None:
             server.start()
             host.wait(lambda: host.json("status")["outbox"] == 0, "it is shipped", timeout=70)
         assert [row[0] for row in server.rows("subject")] == ["shipped", "waits"]
+
+
+@pytest.mark.parametrize("locking", ["", "FOR UPDATE"], ids=["read", "locked"])
+def test_collection_beside_an_open_transaction(server: MariaDB, password: Path, locking: str) -> None:
+    """Somebody reads the old rows, or has locked one, and goes for lunch: mail is out at once, and new rows arrive."""
+    with Host(extra=logging_to(server, password)) as host:
+        make_tables(host, password)
+        host.add(VHOST)
+        with host.running():
+            host.send(VHOST, message=text("a@x.example", subject="old"))
+            host.wait(lambda: len(server.rows()) == 1, "it is shipped")
+        server.root(f"UPDATE mail_log SET logged_at = '{LONG_AGO[:19]}'")
+        lunch = pymysql.connect(unix_socket=str(server.socket), user="root", database="secure_sendmail", autocommit=False)
+        with lunch, lunch.cursor() as cursor:
+            cursor.execute(f"SELECT * FROM mail_log WHERE node = '{host.rows()[0]['node']}' AND seq = 1 {locking}")
+            with host.running():
+                host.send(VHOST, message=text("a@x.example", subject="new"))
+                host.wait_for_mail(2)
+                host.wait(lambda: "new" in [row[0] for row in server.rows("subject")], "it is in MySQL", timeout=60)
+                if not locking:
+                    host.wait(lambda: server.rows("subject") == [("new",)], "the old one is collected")
+                lunch.rollback()
+                # What was locked is collected the next time, an hour later.
+                assert host.json("status")["outbox"] == 0
 
 
 def test_undelete_that_waits_is_carried_out(host: Host) -> None:
