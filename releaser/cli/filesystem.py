@@ -51,20 +51,17 @@ def of_mysql(settings: Config) -> list[str]:
     server = settings.mysql
     if server is None:
         return []
+    said, data = [], ""
     try:
         with mysql_log.connect(server) as session, session.cursor() as cursor:
-            version = mysql_log.version_of(session)
             cursor.execute("SELECT @@datadir")
             found = cursor.fetchone()
+            data = str(found[0]) if found else ""
+            version = mysql_log.version_of(session)
+        if version < mysql_log.SCHEMA_VERSION:
+            said.append(f"[mysql]: the tables are of version {version}, an older one; run: secure-sendmail log migrate")
     except Exception as error:
-        return [f"[mysql]: {mysql_log.words(error)}: the log waits in the ledger"]
-    said = []
-    if version < mysql_log.SCHEMA_VERSION:
-        ours = mysql_log.SCHEMA_VERSION
-        said.append(
-            f"[mysql]: the tables are of version {version}, this program's are of {ours}; run: secure-sendmail log migrate"
-        )
-    data = str(found[0]) if found else ""
+        said.append(f"[mysql]: {mysql_log.words(error)}: the log waits in the ledger")
     local = server.unix_socket is not None or server.host in LOCAL
     if local and os.path.isdir(data) and os.path.isdir(settings.spool) and _device(data) == _device(settings.spool):
         said.append(f"{settings.spool}: on the file system of MySQL's data, {data}: each can fill it for the other")

@@ -134,9 +134,10 @@ def log_forget(context: Context, address: str, yes: bool) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @pass_context
 def log_gc(context: Context, node: str, until: float | None, dry_run: bool, yes: bool) -> None:
-    """Delete the rows of a retired host, or of a ledger that was replaced, from MySQL.
+    """Delete a retired host's rows from MySQL.
 
-    Of a host that works, this one among them, only with --until; the rows of mail that still lies here always stay.
+    Or those of a ledger that was replaced. Of a host that works, this one among them, only with --until; the rows of mail that
+    still lies here always stay.
     """
     server, book = context.config.mysql, context.ledger
     if server is None:
