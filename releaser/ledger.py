@@ -286,7 +286,9 @@ _INCIDENT_COLUMNS = tuple(field.name for field in fields(Incident))
 
 
 def utc(stamp: float) -> str:
-    """ISO 8601 in UTC with microseconds, for a time in seconds since 1970."""
+    """ISO 8601 in UTC with microseconds, for a time in seconds since 1970; not before that, since years of fewer digits would
+    be later ones to whoever compares texts."""
+    stamp = max(stamp, 0.0)
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(stamp)) + f".{int(stamp % 1 * 1e6):06d}Z"
 
 

@@ -1,6 +1,7 @@
 """Times as the ledger writes them, and a ledger that cannot be used."""
 
 import sqlite3
+import time
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,14 @@ def test_log_is_no_larger_than_what_the_caps_count(tmp_path: Path, recipients: i
     book.close()
     if recipients > 1000:
         assert (tmp_path / "ledger.sqlite").stat().st_size < recipients * RECIPIENT_SIZE
+
+
+def test_times_before_1970_are_not_later(tmp_path: Path) -> None:
+    """Whoever keeps things for a thousand years, "9999999h", keeps them: texts of three digits' years are not compared."""
+    for years in (56, 1027, 1140, 2026, 5000):
+        before = utc(time.time() - years * 366 * 86400)
+        assert before < "2026"
+    ledger = Ledger(str(tmp_path), create=True)
+    with ledger.transaction():
+        ledger.log("released", about("www.a.example", time.time(), "", 33), time.time(), [("r@x.example", "", "")])
+    assert ledger.collect_log(utc(time.time() - 9_999_999 * 3600), ("", 0), False, 200) == (None, 0)
