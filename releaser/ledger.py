@@ -770,8 +770,8 @@ class Ledger:
             and (row["counted_at"] is None or row["counted_at"] < counted)
         ]  # fmt: skip
         self._delete("message", "rowid", old)
-        # They are in the order in which they were picked up, but for what the clock was put back.
-        more = len(found) == most and any(row["picked_up_at"] < before for row in found)
+        # They are in the order in which they were picked up, but for those from before the clock was put back.
+        more = len(found) == most and any(not before <= row["picked_up_at"] <= utc(time.time()) for row in found)
         return found[-1]["rowid"] if more else None
 
     def expire(self, state: str, before: str, position: str, most: int, reason: str) -> tuple[str | None, list[Row]]:

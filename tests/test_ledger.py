@@ -103,3 +103,20 @@ def test_times_before_1970_are_not_later(tmp_path: Path) -> None:
     with ledger.transaction():
         ledger.log("released", about("www.a.example", time.time(), "", 33), time.time(), [("r@x.example", "", "")])
     assert ledger.collect_log(utc(time.time() - 9_999_999 * 3600), ("", 0), False, 200) == (None, 0)
+
+
+def test_messages_behind_those_of_a_clock_that_was_ahead_are_collected(tmp_path: Path) -> None:
+    """Those with a time that is still to come hide nothing that is old; and what is new ends the search."""
+    ledger, now = Ledger(str(tmp_path), create=True), time.time()
+    with ledger.transaction():
+        for number, stamp in enumerate([now + 1e8] * 300 + [now - 1e8] * 300 + [now - 10] * 300):
+            row = about("www.a.example", stamp, "", 33)
+            row.queue_id = f"{number:017X}"
+            ledger.put(row)
+    position: int | None = 0
+    steps = 0
+    while position is not None:
+        position, steps = ledger.collect_messages(utc(now - 86400), now, position, 100), steps + 1
+    left = ledger.select("SELECT count(*) AS n, min(picked_up_at) AS first FROM message", ())
+    assert list(left) == [{"n": 600, "first": utc(now - 10)}]
+    assert steps == 7
