@@ -741,6 +741,10 @@ class Ledger:
         sql = f"SELECT queue_id FROM message WHERE state NOT IN ('done', 'unknown') AND queue_id IN ({places})"
         return {found[0] for found in self._db.execute(sql, queue_ids)}
 
+    def ago(self, seconds: float) -> str:
+        """So long ago, for what is to be collected. A clock that was put forward while we run makes nothing old."""
+        return utc(min(time.time(), self.clock.now()) - seconds)
+
     # Garbage collection, a little at a time: each method goes on behind the position that the last one returned, None: done.
 
     def collect_log(self, before: str, position: tuple[str, int], shipped: bool, most: int) -> tuple[tuple[str, int] | None, int]:

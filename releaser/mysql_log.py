@@ -518,7 +518,7 @@ def collect(
 
     BETWEEN them is time for something else.
     """
-    before = utc(time.time() - retention)
+    before = book.ago(retention)
     deleted = 0
     for rows in delete(book, connection, book.node, before):
         deleted += rows
