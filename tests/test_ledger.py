@@ -120,3 +120,46 @@ def test_messages_behind_those_of_a_clock_that_was_ahead_are_collected(tmp_path:
     left = ledger.select("SELECT count(*) AS n, min(picked_up_at) AS first FROM message", ())
     assert list(left) == [{"n": 600, "first": utc(now - 10)}]
     assert steps == 7
+
+
+def test_address_that_is_not_ascii_is_forgotten(tmp_path: Path) -> None:
+    """In whatever case it is written, in the log and in what has ended; mail that lies here is named."""
+    ledger = Ledger(str(tmp_path), create=True)
+    with ledger.transaction():
+        for queue_id, state, row_of in (
+            ("0" * 17, "done", {"sender": "Ürsel@x.example"}), ("1" * 17, "done", {"refused": [("ÜRSEL@x.example", "550 no")]}),
+            ("2" * 17, "held", {"remaining": ["a@x.example", "ürsel@x.example"]}), ("3" * 17, "held", {"sender": "b@x.example"}),
+        ):  # fmt: skip
+            row = about("www.a.example", time.time(), "", 33)
+            row.queue_id, row.state = queue_id, state
+            for name, value in row_of.items():
+                setattr(row, name, value)
+            ledger.put(row)
+            ledger.log("failed", row, time.time(), [("Ürsel@X.example", "550 ÜRSEL@x.example", ""), ("c@x.example", "", "")])
+    assert ledger.lies_here("ürsel@X.EXAMPLE") == ["2" * 17]
+    # The other recipient's row has it as sender.
+    assert ledger.forget("ürSEL@x.example") == 5
+    (texts,) = ledger.select("SELECT group_concat(recipient || sender || reason) AS log FROM mail_log", ())
+    (ended,) = ledger.select("SELECT group_concat(sender || refused) AS of FROM message WHERE state = 'done'", ())
+    assert "rsel" not in f"{texts}{ended}".lower()
+    assert len(list(ledger.select("SELECT 1 FROM mail_log WHERE recipient = '(forgotten)'", ()))) == 4
+    assert ledger.forget("ürSEL@x.example") == 0
+
+
+def test_mail_does_not_wait_while_an_address_is_forgotten(tmp_path: Path) -> None:
+    """What is to be changed is looked for without the lock that the releaser writes under."""
+    ledger, releaser = Ledger(str(tmp_path), create=True), Ledger(str(tmp_path))
+    with ledger.transaction():
+        ledger.log("released", about("www.a.example", time.time(), "", 33), time.time(), [("r@x.example", "", "")])
+    releaser._db.execute("PRAGMA busy_timeout = 0")
+    looked = []
+
+    def lower(text: str) -> str:
+        with releaser.transaction():
+            releaser.keep_time()
+        looked.append(text)
+        return text.lower()
+
+    ledger._db.create_function("lower", 1, lower)
+    assert ledger.forget("nobody@x.example") == 0
+    assert looked
