@@ -85,8 +85,8 @@ def log_show(
     wanted: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """A row per event and recipient. Oldest first."""
-    if (as_csv and as_json) or (follow and page):
-        raise click.UsageError("--csv and --json, --follow and --page exclude each other")
+    if (as_csv and as_json) or (follow and (page or wanted == "mysql")):
+        raise click.UsageError("--csv and --json exclude each other, and so does --follow with --page and --source mysql")
     if follow:
         _follow(context, chosen, event, last, _line(as_csv, as_json))
         return
