@@ -211,6 +211,8 @@ _CONCERNS = {
 
 # Rows that one transaction collects, rewrites, or gives another node, at most; the seconds of rest behind each that rewrites.
 COLLECTED, REWRITE_REST = 500, 0.05
+# Seconds for which a machine may have been off before its clock is doubted, and for which it is.
+DOUBT = 86400
 # What a row of the log takes besides its text, about, indexes included.
 ROW_SIZE = 150
 
@@ -329,6 +331,9 @@ class Ledger:
         self.former_node = self._know_machine() if create else ""
         # What the stamps of windows, retries and incidents are measured by.
         self.clock = Clock(self._meta("clock"))
+        if create and self.clock.leap > DOUBT:
+            with self.transaction():
+                self._set_meta("nothing_old_until", repr(self.clock.now() + DOUBT))
         self._host = socket.gethostname()
         # What the log keeps; whoever writes says so.
         self.privacy = Privacy(bytes.fromhex(self._meta("privacy_key")))
@@ -753,8 +758,10 @@ class Ledger:
         return {found[0] for found in self._db.execute(sql, queue_ids)}
 
     def ago(self, seconds: float) -> str:
-        """So long ago, for what is to be collected. A clock that was put forward while we run makes nothing old."""
-        return utc(min(time.time(), self.clock.now()) - seconds)
+        """So long ago, for what is to be collected. A clock that was put forward while we run makes nothing old, nor does one
+        that is ahead when the machine is started, until somebody has had the time to put it right."""
+        now = self.clock.now()
+        return utc(min(time.time(), now) - seconds if now >= float(self._meta("nothing_old_until") or 0) else 0)
 
     # Garbage collection, a little at a time: each method goes on behind the position that the last one returned, None: done.
 

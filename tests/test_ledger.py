@@ -163,3 +163,27 @@ def test_mail_does_not_wait_while_an_address_is_forgotten(tmp_path: Path) -> Non
     ledger._db.create_function("lower", 1, lower)
     assert ledger.forget("nobody@x.example") == 0
     assert looked
+
+
+def test_machine_that_starts_with_a_clock_ahead_makes_nothing_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a day, also over restarts; a machine that was off for a night collects at once."""
+    now = time.time()
+
+    def started(off: float, up: float, how: str) -> str:
+        """What is a week old where the machine, started after OFF seconds by its clock, is up for so many."""
+        monkeypatch.setattr(time, "time", lambda: now + off + up)
+        monkeypatch.setattr(time, "clock_gettime", lambda _: 10.0 + up)
+        ledger = Ledger(str(tmp_path), create=how == "releaser")
+        found = ledger.ago(7 * 86400)
+        if how == "releaser":
+            monkeypatch.setattr(time, "clock_gettime", lambda _: 1010.0 + up)
+            with ledger.transaction():
+                ledger.keep_time()
+        ledger.close()
+        return found
+
+    assert started(0, 1000, "releaser") > "2026"
+    assert started(40000, 0, "releaser") == utc(now + 40000 - 7 * 86400)
+    for up, how in ((0, "releaser"), (5, "command"), (3600, "releaser"), (86000, "command")):
+        assert started(3e9, up, how) == utc(0)
+    assert started(3e9, 86500, "releaser") == utc(now + 3e9 + 86500 - 7 * 86400)
