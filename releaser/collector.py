@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from releaser import errorlog, maillog, mailqueue
 from releaser.config import Config
 from releaser.door import Door
-from releaser.ledger import FAILED, TRASHED, Ledger, utc
+from releaser.ledger import FAILED, TRASHED, Ledger
 from releaser.maillog import LOG
 
 # Seconds between collections, and between the steps of one.
@@ -53,13 +53,9 @@ class Collector:
         yield from self._collect_queue("trash", TRASHED, self.config.keep_trash)
         yield from self._collect_queue("failed", FAILED, self.config.keep_failed)
 
-    def _before(self, seconds: float) -> str:
-        """So long ago. A clock that was put forward while we run makes nothing old."""
-        return utc(min(time.time(), self._ledger.clock.now()) - seconds)
-
     def _collect_log(self) -> Iterator[None]:
         keep, shipped, gone = self.config.keep_ledger, self.config.mysql is not None, 0
-        before = self._before(keep)
+        before = self._ledger.ago(keep)
         position: tuple[str, int] | None = ("", 0)
         while position is not None:
             position, rows = self._ledger.collect_log(before, position, shipped, ROWS)
@@ -73,7 +69,7 @@ class Collector:
 
     def _collect_messages(self) -> Iterator[None]:
         keep = max(self.config.keep_ledger, self.config.longest, LEAST)
-        before, counted = self._before(keep), self._ledger.clock.now() - keep
+        before, counted = self._ledger.ago(keep), self._ledger.clock.now() - keep
         position: int | None = 0
         while position is not None:
             position = self._ledger.collect_messages(before, counted, position, ROWS)
@@ -83,7 +79,7 @@ class Collector:
 
     def _collect_queue(self, queue: str, state: str, keep: int) -> Iterator[None]:
         """S10 -> S1, S11 -> S1."""
-        before, gone = self._before(keep), 0
+        before, gone = self._ledger.ago(keep), 0
         position: str | None = ""
         while position is not None:
             reason = f"{queue}/ has kept it for {errorlog.span(keep)}"

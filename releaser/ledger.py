@@ -202,8 +202,17 @@ LOG_COLUMNS = [
 _TEXT = [name for name in LOG_COLUMNS if name not in ("seq", "uid", "verified", "size")]
 _CLAIMED = ("message_id", "sender", "subject", "script", "cwd")
 
-# Rows that one transaction collects, or gives another node, at most.
-COLLECTED = 500
+# Messages that are from or to an address, in lower case, by the column that has it.
+_CONCERNS = {
+    "sender": "lower(sender) = ?",
+    "remaining": "remaining <> '[]' AND EXISTS (SELECT 1 FROM json_each(remaining) WHERE lower(value) = ?)",
+    "refused": "refused <> '[]' AND EXISTS (SELECT 1 FROM json_each(refused) WHERE lower(json_extract(value, '$[0]')) = ?)",
+}
+
+# Rows that one transaction collects, rewrites, or gives another node, at most; the seconds of rest behind each that rewrites.
+COLLECTED, REWRITE_REST = 500, 0.05
+# Seconds for which a machine may have been off before its clock is doubted, and for which it is.
+DOUBT = 86400
 # What a row of the log takes besides its text, about, indexes included.
 ROW_SIZE = 150
 
@@ -286,7 +295,9 @@ _INCIDENT_COLUMNS = tuple(field.name for field in fields(Incident))
 
 
 def utc(stamp: float) -> str:
-    """ISO 8601 in UTC with microseconds, for a time in seconds since 1970."""
+    """ISO 8601 in UTC with microseconds, for a time in seconds since 1970; not before that, since years of fewer digits would
+    be later ones to whoever compares texts."""
+    stamp = max(stamp, 0.0)
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(stamp)) + f".{int(stamp % 1 * 1e6):06d}Z"
 
 
@@ -310,6 +321,8 @@ class Ledger:
         try:
             self._db = sqlite3.connect(path, timeout=30, isolation_level=None)
             self._db.row_factory = sqlite3.Row
+            # SQLite's own knows ASCII only, and addresses are not.
+            self._db.create_function("lower", 1, str.lower, deterministic=True)
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             self._open(path)
@@ -318,6 +331,9 @@ class Ledger:
         self.former_node = self._know_machine() if create else ""
         # What the stamps of windows, retries and incidents are measured by.
         self.clock = Clock(self._meta("clock"))
+        if create and self.clock.leap > DOUBT:
+            with self.transaction():
+                self._set_meta("nothing_old_until", repr(self.clock.now() + DOUBT))
         self._host = socket.gethostname()
         # What the log keeps; whoever writes says so.
         self.privacy = Privacy(bytes.fromhex(self._meta("privacy_key")))
@@ -427,40 +443,42 @@ class Ledger:
         self._db.executemany(f"INSERT INTO mail_log ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})", written)
 
     def forget(self, address: str) -> int:
-        """Forget who ADDRESS is in the log and in what has ended; return the number of log rows. In small transactions."""
-        whose = (address.lower(), self.privacy.hashed(address))
-        changed = 0
-        for column in ("recipient", "sender"):
-            sql = (
-                f"UPDATE mail_log SET {column} = ?, subject = '', "
-                "reason = CASE WHEN instr(lower(reason), ?) THEN '' ELSE reason END "
-                f"WHERE seq IN (SELECT seq FROM mail_log WHERE lower({column}) = ? OR {column} = ? LIMIT 500)"
-            )
-            while True:
-                with self.transaction():
-                    count = self._db.execute(sql, (FORGOTTEN, whose[0], *whose)).rowcount
-                changed += count
-                if count < 500:
-                    break
-        with self.transaction():
-            ended = "state IN ('done', 'unknown')"
-            sql = f"UPDATE message SET sender = ?, subject = '' WHERE {ended} AND lower(sender) = ?"
-            self._db.execute(sql, (FORGOTTEN, whose[0]))
-            for table_column in ("remaining", "refused"):
-                self._db.execute(
-                    f"UPDATE message SET {table_column} = '[]', subject = '' WHERE {ended} AND instr(lower({table_column}), ?)",
-                    (json.dumps(whose[0]),),
-                )
-        return changed
+        """Forget who ADDRESS is in the log and in what has ended; return the number of log rows.
+
+        What is to be changed is looked for without a lock, and changed in small transactions: mail does not wait.
+        """
+        lower, hashed = address.lower(), self.privacy.hashed(address)
+        whose = "(lower({0}) = :lower OR {0} = :hashed)"
+        recipient, sender = whose.format("recipient"), whose.format("sender")
+        found = self._db.execute(f"SELECT seq FROM mail_log WHERE {recipient} OR {sender}", {"lower": lower, "hashed": hashed})
+        rows = [row[0] for row in found]
+        self._rewrite(
+            "mail_log", "seq", rows,
+            f"recipient = CASE WHEN {recipient} THEN :forgotten ELSE recipient END, "
+            f"sender = CASE WHEN {sender} THEN :forgotten ELSE sender END, subject = '', "
+            "reason = CASE WHEN instr(lower(reason), :lower) OR instr(reason, :hashed) THEN '' ELSE reason END",
+            lower=lower, hashed=hashed,
+        )  # fmt: skip
+        changes = {"sender": ":forgotten", "remaining": "'[]'", "refused": "'[]'"}
+        for column, changed in changes.items():
+            sql = f"SELECT queue_id FROM message WHERE state IN ('done', 'unknown') AND {_CONCERNS[column]}"
+            ended = [row[0] for row in self._db.execute(sql, (lower,))]
+            self._rewrite("message", "queue_id", ended, f"{column} = {changed}, subject = ''")
+        return len(rows)
+
+    def _rewrite(self, table: str, key: str, values: Sequence[object], changes: str, **named: str) -> None:
+        """Make CHANGES to the rows of TABLE whose KEY is one of VALUES."""
+        sql = f"UPDATE {table} SET {changes} WHERE {key} = :value"
+        for first in range(0, len(values), COLLECTED):
+            with self.transaction():
+                chunk = values[first : first + COLLECTED]
+                self._db.executemany(sql, [{"value": value, "forgotten": FORGOTTEN, **named} for value in chunk])
+            time.sleep(REWRITE_REST)
 
     def lies_here(self, address: str) -> list[str]:
         """Messages to or from ADDRESS that are in one of our directories, which are not forgotten."""
-        sql = (
-            f"SELECT queue_id FROM message WHERE {UNFINISHED} AND (lower(sender) = ? OR instr(lower(remaining), ?) OR "
-            "instr(lower(refused), ?)) ORDER BY queue_id"
-        )
-        quoted = json.dumps(address.lower())
-        return [found[0] for found in self._db.execute(sql, (address.lower(), quoted, quoted))]
+        sql = f"SELECT queue_id FROM message WHERE {UNFINISHED} AND ({' OR '.join(_CONCERNS.values())}) ORDER BY queue_id"
+        return [found[0] for found in self._db.execute(sql, [address.lower()] * len(_CONCERNS))]
 
     # What the daemon reads.
 
@@ -739,6 +757,12 @@ class Ledger:
         sql = f"SELECT queue_id FROM message WHERE state NOT IN ('done', 'unknown') AND queue_id IN ({places})"
         return {found[0] for found in self._db.execute(sql, queue_ids)}
 
+    def ago(self, seconds: float) -> str:
+        """So long ago, for what is to be collected. A clock that was put forward while we run makes nothing old, nor does one
+        that is ahead when the machine is started, until somebody has had the time to put it right."""
+        now = self.clock.now()
+        return utc(min(time.time(), now) - seconds if now >= float(self._meta("nothing_old_until") or 0) else 0)
+
     # Garbage collection, a little at a time: each method goes on behind the position that the last one returned, None: done.
 
     def collect_log(self, before: str, position: tuple[str, int], shipped: bool, most: int) -> tuple[tuple[str, int] | None, int]:
@@ -768,8 +792,8 @@ class Ledger:
             and (row["counted_at"] is None or row["counted_at"] < counted)
         ]  # fmt: skip
         self._delete("message", "rowid", old)
-        # They are in the order in which they were picked up, but for what the clock was put back.
-        more = len(found) == most and any(row["picked_up_at"] < before for row in found)
+        # They are in the order in which they were picked up, but for those from before the clock was put back.
+        more = len(found) == most and any(not before <= row["picked_up_at"] <= utc(time.time()) for row in found)
         return found[-1]["rowid"] if more else None
 
     def expire(self, state: str, before: str, position: str, most: int, reason: str) -> tuple[str | None, list[Row]]:

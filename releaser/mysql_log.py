@@ -518,7 +518,7 @@ def collect(
 
     BETWEEN them is time for something else.
     """
-    before = utc(time.time() - retention)
+    before = book.ago(retention)
     deleted = 0
     for rows in delete(book, connection, book.node, before):
         deleted += rows
@@ -667,7 +667,8 @@ def forget(connection: Any, address: str, hashed: str, forgotten: str) -> int:
                 for row in rows:
                     values = list(row)
                     values[column], values[LOG_COLUMNS.index("subject")] = forgotten, ""
-                    if address.lower() in values[LOG_COLUMNS.index("reason")].lower():
+                    reason = values[LOG_COLUMNS.index("reason")]
+                    if address.lower() in reason.lower() or hashed in reason:
                         values[LOG_COLUMNS.index("reason")] = ""
                     rewritten.append(tuple(values))
                 connection.begin()

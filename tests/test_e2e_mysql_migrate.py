@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -122,3 +123,23 @@ def test_migration_without_the_rights(logging: Host, server: MariaDB) -> None:
     refused = logging.cli("log", "migrate", check=False)
     assert refused.returncode == 1 and "needs CREATE, ALTER, INDEX, INSERT and SELECT" in refused.stderr
     assert table(server) == before and server.root("SELECT version FROM mail_log_schema") == [(1,)]
+
+
+def test_tables_made_and_migrated_by_who_is_root_on_the_host(logging: Host, server: MariaDB) -> None:
+    """The README's way where no user of MySQL that may create tables has a password: what --print prints."""
+    page = " ".join((Path(__file__).parent.parent / "README.md").read_text().split())
+
+    def typed(verb: str, *options: str) -> int:
+        assert f"secure-sendmail log {verb} --print | {' '.join(['mariadb', *options, 'secure_sendmail'])}" in page
+        client = ["mariadb", "--no-defaults", f"--socket={server.socket}", "--user=root", *options, "secure_sendmail"]
+        printed = logging.cli("log", verb, "--print").stdout
+        return subprocess.run(client, input=printed, text=True, capture_output=True, timeout=60).returncode
+
+    new = by_name(server)
+    server.root("DROP TABLE mail_log, mail_log_schema")
+    for _ in range(2):
+        assert typed("init") == 0 and by_name(server) == new
+    version_1(server)
+    for _ in range(2):
+        assert typed("migrate", "--force") in (0, 1) and by_name(server) == new
+        assert server.root("SELECT MAX(version) FROM mail_log_schema") == [(2,)]

@@ -229,6 +229,24 @@ def test_old_rows_are_collected(host: Host, server: MariaDB, tmp_path: Path) -> 
     assert subprocess.run(["test", "-f", error_log]).returncode == 0
 
 
+def test_clock_ahead_makes_no_row_old(host: Host, server: MariaDB, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's clock is put years ahead while the releaser runs: what MySQL has stays there."""
+    host.add(VHOST)
+    host.send(VHOST)
+    assert host.releaser("--once").returncode == 0
+    settings = config.load(str(host.config)).mysql
+    assert settings is not None
+    ledger, connection, now = Ledger(str(host.state)), mysql_log.connect(settings), time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 1e9)
+    mysql_log.collect(ledger, connection, settings.retention, None, ())
+    assert len(server.rows()) == 1
+    monkeypatch.setattr(ledger.clock, "now", time.time)
+    mysql_log.collect(ledger, connection, settings.retention, None, ())
+    assert server.rows() == []
+    connection.close()
+    ledger.close()
+
+
 def test_ended_before_each_statement(server: MariaDB, tmp_path: Path) -> None:
     """The releaser ends before any statement to MySQL, or commit, while it ships and collects: each row is there once."""
     server.root("DROP TABLE IF EXISTS mail_log, mail_log_schema")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -27,6 +28,8 @@ PAGE, TRACED = 100, 10
 # Seconds between looks for new rows.
 FOLLOW = 1
 DAY = 86400
+# What stands before that which a spreadsheet takes for the begin of a formula; some take the wide forms, too.
+_FORMULA = re.compile(r"""(?:^|;)(?=[\s"]*[=+\-@'\uff1d\uff0b\uff0d\uff20])""")
 BY = ("vhost", "script", "sender", "domain", "recipient")
 
 
@@ -85,8 +88,8 @@ def log_show(
     wanted: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """A row per event and recipient. Oldest first."""
-    if (as_csv and as_json) or (follow and page):
-        raise click.UsageError("--csv and --json, --follow and --page exclude each other")
+    if (as_csv and as_json) or (follow and (page or wanted == "mysql")):
+        raise click.UsageError("--csv and --json exclude each other, and so does --follow with --page and --source mysql")
     if follow:
         _follow(context, chosen, event, last, _line(as_csv, as_json))
         return
@@ -150,11 +153,11 @@ def _line(as_csv: bool, as_json: bool) -> Callable[[dict[str, Any]], None]:
 
 
 def _cell(value: object) -> object:
-    """VALUE as a spreadsheet shows it: what begins as a formula does would be one."""
+    """VALUE as a spreadsheet shows it: what begins as a formula does would be one; also behind a semicolon, at which those of
+    many countries begin a cell, whatever is quoted."""
     if value is None or isinstance(value, int):
         return value
-    text = visible(str(value))
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "'")) else text
+    return _FORMULA.sub(r"\g<0>'", visible(str(value)))
 
 
 @click.command()
