@@ -47,7 +47,7 @@ install:
 	rm -rf "$(INSTALLED).new" "$(INSTALLED).old"; \
 	for directory in enqueue releaser releaser/cli; do \
 		mkdir -p "$(INSTALLED).new/$$directory"; install -m 0644 $$directory/*.py "$(INSTALLED).new/$$directory"; done; \
-	put 0644 config/schema.sql "$(INSTALLED).new/config/schema.sql"; \
+	for file in config/schema*.sql; do put 0644 $$file "$(INSTALLED).new/$$file"; done; \
 	$(PYTHON) -I -m compileall -q --invalidation-mode unchecked-hash \
 		-s "$(INSTALLED).new" -p "$(LIBRARY)" "$(INSTALLED).new"; \
 	[ ! -e "$(INSTALLED)" ] || mv -T "$(INSTALLED)" "$(INSTALLED).old"; \

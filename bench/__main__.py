@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
 
 # Each is a module beside this one, with a docstring that says what it measures, and measure(Bench). In this order.
-MEASUREMENTS = ("submit", "release", "latency", "fairness", "scale")
+MEASUREMENTS = ("submit", "release", "latency", "fairness", "scale", "log_rows")
 
 
 def main() -> None:

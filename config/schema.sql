@@ -1,4 +1,4 @@
--- The log of record: a row per recipient and event. For MySQL 8 and MariaDB 10.11; safe to run again.
+-- The log of record, version 2: a row per recipient and event. For MySQL 8 and MariaDB 10.11; safe to run again.
 -- `secure-sendmail log init` runs it in the configured database, `--print` prints it.
 CREATE TABLE IF NOT EXISTS mail_log (
     -- Which ledger wrote the row, and its number there: together they make every row ship exactly once.
@@ -26,12 +26,19 @@ CREATE TABLE IF NOT EXISTS mail_log (
     mta_queue_id VARCHAR(255) NOT NULL,
     -- The person who decided, where one did.
     actor VARCHAR(255) NOT NULL,
+    -- What addresses are looked for by.
+    sender_lower VARCHAR(320) GENERATED ALWAYS AS (LOWER(sender)) VIRTUAL,
+    recipient_lower VARCHAR(320) GENERATED ALWAYS AS (LOWER(recipient)) VIRTUAL,
     PRIMARY KEY (node, seq),
     KEY mail_log_age (node, logged_at),
     KEY mail_log_time (logged_at),
     KEY mail_log_queue_id (queue_id),
     KEY mail_log_vhost (vhost, logged_at),
-    KEY mail_log_recipient (recipient(191))
+    KEY mail_log_event (event, logged_at),
+    KEY mail_log_sender (sender_lower, logged_at),
+    KEY mail_log_recipient_lower (recipient_lower, logged_at),
+    KEY mail_log_message_id (message_id),
+    KEY mail_log_mta_queue_id (mta_queue_id)
 ) ENGINE = InnoDB DEFAULT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin;
 
 CREATE TABLE IF NOT EXISTS mail_log_schema (
@@ -40,4 +47,4 @@ CREATE TABLE IF NOT EXISTS mail_log_schema (
 ) ENGINE = InnoDB DEFAULT CHARACTER SET utf8mb4 COLLATE utf8mb4_bin;
 
 INSERT INTO mail_log_schema (version)
-    SELECT 1 FROM (SELECT COUNT(*) AS found FROM mail_log_schema) AS present WHERE present.found = 0;
+    SELECT 2 FROM (SELECT COUNT(*) AS found FROM mail_log_schema) AS present WHERE present.found = 0;

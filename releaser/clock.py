@@ -15,8 +15,11 @@ class Clock:
         """KEPT is what an earlier one had as its text; empty: there was none."""
         begun, latest = (float(word) for word in kept.split()) if kept else (-math.inf, -math.inf)
         since_boot = time.clock_gettime(time.CLOCK_BOOTTIME)
+        # Seconds that have passed where only the machine's clock says so, which was perhaps wrong when it was started.
+        self.leap = 0.0
         if begun + since_boot < latest or begun == -math.inf:
             begun = max(time.time(), latest) - since_boot
+            self.leap = begun + since_boot - latest if latest > -math.inf else 0.0
         self._begun = begun
 
     def now(self) -> float:

@@ -193,11 +193,18 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "database": Key(_text, "secure_sendmail"),
         "tls_ca": Key(_file, None),
         "retention": Key(duration, "168h"),
+        "outbox_max": Key(size, "2G"),
     },
     "log": {
         "error_log": Key(_file, None),
         "log_subject": Key(_one_of(("plain", "none")), "plain"),
         "log_recipients": Key(_one_of(("plain", "hash")), "plain"),
+        "journal": Key(_one_of(("ids", "addresses")), "ids"),
+    },
+    "retention": {
+        "ledger": Key(duration, "168h"),
+        "trash": Key(duration, "30d"),
+        "failed": Key(duration, "30d"),
     },
 }
 
@@ -280,6 +287,8 @@ class Mysql:
     database: str
     tls_ca: str | None
     retention: int
+    # Bytes of rows that wait.
+    outbox_max: int
 
 
 @dataclass(frozen=True)
@@ -298,10 +307,16 @@ class Config:
     # Whether the log has them as they are.
     log_subject: bool
     log_recipients: bool
+    # Whether the daemon's own log names senders and recipients.
+    journal_addresses: bool
     # Of a uid that several vhosts share, together.
     shared_uid: tuple[limits.Limit, ...] | None
     # Bytes; 0: the file system is not looked at.
     min_free: int
+    # Seconds that the ledger keeps its log and what has ended, and trash/ and failed/ their messages.
+    keep_ledger: int
+    keep_trash: int
+    keep_failed: int
     # Whom one mail per incident goes to.
     notify: str | None
     # None: the ledger alone keeps the log.
@@ -390,6 +405,13 @@ class Config:
         return settings
 
     @property
+    def longest(self) -> int:
+        """The seconds of the longest window of all."""
+        named = (keys["limits"] for keys in (*self._exact.values(), *self._patterns.values()) if "limits" in keys)
+        found = (self._sections["limits"]["default"], self.shared_uid or (), *named)
+        return max((limit.seconds for each in found for limit in each), default=0)
+
+    @property
     def least_caps(self) -> tuple[int, int]:
         """The smallest hold_max_messages and hold_max_bytes that hold for anyone."""
         messages, size = "hold_max_messages", "hold_max_bytes"
@@ -439,8 +461,12 @@ def load(file: str) -> Config:
         error_log=sections["log"]["error_log"],
         log_subject=sections["log"]["log_subject"] == "plain",
         log_recipients=sections["log"]["log_recipients"] == "plain",
+        journal_addresses=sections["log"]["journal"] == "addresses",
         shared_uid=sections["limits"]["shared_uid"],
         min_free=sections["limits"]["min_free"],
+        keep_ledger=sections["retention"]["ledger"],
+        keep_trash=sections["retention"]["trash"],
+        keep_failed=sections["retention"]["failed"],
         notify=sections["limits"]["notify"],
         mysql=Mysql(**sections["mysql"]) if "mysql" in document else None,
         _sections=sections,

@@ -117,7 +117,10 @@ class Daemon:
             signal.signal(number, self._signal)
         # Taken before the first scan, so that a change made meanwhile is seen.
         self._signature = config.signature(self._file)
-        releaser = Releaser(settings, Ledger(settings.state, create=True), self._wake.nudge, self._identity.private)
+        book = Ledger(settings.state, create=True)
+        if book.former_node:
+            LOG.warning(maillog.node_moved(book.former_node, book.node))
+        releaser = Releaser(settings, book, self._wake.nudge, self._identity.private)
         self._use_log(settings)
         if not self._once:
             self._start_watch(settings)
@@ -195,11 +198,12 @@ class Daemon:
 
     def _use_log(self, settings: config.Config) -> None:
         """Ship the log to where SETTINGS say, and no longer to where it went before."""
-        if self._shipper is not None:
-            self._shipper.stop(LAST_ROWS)
-        self._shipper = None
+        before, self._shipper = self._shipper, None
+        if before is not None:
+            # MySQL may be slow to answer, and mail does not wait for it.
+            before.stop(0)
         if settings.mysql is not None:
-            self._shipper = Shipper(settings.mysql, settings.state, settings.error_log, settings.spool)
+            self._shipper = Shipper(settings.mysql, settings.state, settings.error_log, settings.spool, before)
 
     def _start_watch(self, settings: config.Config) -> None:
         directories = [os.path.dirname(os.path.abspath(self._file))]

@@ -13,9 +13,9 @@ class NotWritten(OSError):
     """The line could not be written; the text says why."""
 
 
-def collected(now: float, rows: int, retention: int) -> str:
-    """The line that garbage collection writes; RETENTION in seconds, NOW since 1970."""
-    return f"{_stamp(now)} {PREFIX} GC was run ({rows} rows older than {_span(retention)} deleted)"
+def collected(now: float, what: str, retention: int) -> str:
+    """The line that garbage collection writes of WHAT it deleted; RETENTION in seconds, NOW since 1970."""
+    return f"{_stamp(now)} {PREFIX} GC was run ({what} older than {span(retention)} deleted)"
 
 
 def exceeded(now: float, vhost: str, limit: Limit, over_limit: str) -> str:
@@ -107,5 +107,6 @@ def _stamp(now: float) -> str:
     return f"[{_asctime(now)}]"
 
 
-def _span(seconds: int) -> str:
+def span(seconds: int) -> str:
+    """In words."""
     return f"{seconds // 3600} hours" if seconds % 3600 == 0 else f"{seconds} seconds"

@@ -5,6 +5,7 @@ state; the command writes decisions, each as one compare-and-set.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -203,6 +204,25 @@ LOG_COLUMNS = [
 ]
 
 
+# Those that are text, and those that a caller has claimed.
+_TEXT = [name for name in LOG_COLUMNS if name not in ("seq", "uid", "verified", "size")]
+_CLAIMED = ("message_id", "sender", "subject", "script", "cwd")
+
+# Messages that are from or to an address, in lower case, by the column that has it.
+_CONCERNS = {
+    "sender": "lower(sender) = ?",
+    "remaining": "remaining <> '[]' AND EXISTS (SELECT 1 FROM json_each(remaining) WHERE lower(value) = ?)",
+    "refused": "refused <> '[]' AND EXISTS (SELECT 1 FROM json_each(refused) WHERE lower(json_extract(value, '$[0]')) = ?)",
+}
+
+# Rows that one transaction collects, rewrites, or gives another node, at most; the seconds of rest behind each that rewrites.
+COLLECTED, REWRITE_REST = 500, 0.05
+# Seconds for which a machine may have been off before its clock is doubted, and for which it is.
+DOUBT = 86400
+# What a row of the log takes besides its text, about, indexes included.
+ROW_SIZE = 150
+
+
 class LedgerError(Exception):
     """The ledger cannot be opened; the text says why and what to do."""
 
@@ -284,7 +304,9 @@ _INCIDENT_COLUMNS = tuple(field.name for field in fields(Incident))
 
 
 def utc(stamp: float) -> str:
-    """ISO 8601 in UTC with microseconds, for a time in seconds since 1970."""
+    """ISO 8601 in UTC with microseconds, for a time in seconds since 1970; not before that, since years of fewer digits would
+    be later ones to whoever compares texts."""
+    stamp = max(stamp, 0.0)
     return f"{_seconds(math.floor(stamp))}.{int(stamp % 1 * 1e6):06d}Z"
 
 
@@ -313,14 +335,19 @@ class Ledger:
         try:
             self._db = sqlite3.connect(path, timeout=30, isolation_level=None)
             self._db.row_factory = sqlite3.Row
+            # SQLite's own knows ASCII only, and addresses are not.
+            self._db.create_function("lower", 1, str.lower, deterministic=True)
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             self._open(path)
         except sqlite3.Error as error:
             raise LedgerError(f"{path}: {error}") from None
-        self.node = self._meta("node")
+        self.former_node = self._know_machine() if create else ""
         # What the stamps of windows, retries and incidents are measured by.
         self.clock = Clock(self._meta("clock"))
+        if create and self.clock.leap > DOUBT:
+            with self.transaction():
+                self._set_meta("nothing_old_until", repr(self.clock.now() + DOUBT))
         self._host = socket.gethostname()
         # What the log keeps; whoever writes says so.
         self.privacy = Privacy(bytes.fromhex(self._meta("privacy_key")))
@@ -344,6 +371,21 @@ class Ledger:
                     raise
                 self._db.execute("ROLLBACK")
             os.chmod(path, 0o600)
+
+    def _know_machine(self) -> str:
+        """Where the ledger has come to another machine, log under another node: the former one's may go on as it is.
+
+        What waits for MySQL keeps the former node, under which it arrives once, whoever ships it. Return that node.
+        """
+        machine, known = _machine(), self._meta("machine")
+        if not machine or machine == known:
+            return ""
+        with self.transaction():
+            former = self.node if known else ""
+            self._set_meta("machine", machine)
+            if former:
+                self._set_meta("node", os.urandom(8).hex())
+        return former
 
     def _keep(self, path: str, version: int) -> None:
         """Keep the ledger as it is, for a return to the program that made it."""
@@ -396,6 +438,7 @@ class Ledger:
 
     def log(self, event: str, row: Row, now: float, recipients: Iterable[tuple[str, str, str]], actor: str = "") -> None:
         """A log row per recipient; RECIPIENTS are (recipient, reason, MTA queue id)."""
+        node = self.node
         recipients = list(recipients)
         most = max(TEXT_LEAST, TEXTS // max(len(recipients), 1))
         # People read these in MySQL with whatever they have.
@@ -405,7 +448,7 @@ class Ledger:
             recipient, reason, subject = self.privacy.row(recipient, visible(reason), visible(row.subject)[:most])
             written.append(
                 (
-                    self.node, self._host, utc(now), row.arrived_at, event, row.queue_id, message_id, row.vhost, row.uid,
+                    node, self._host, utc(now), row.arrived_at, event, row.queue_id, message_id, row.vhost, row.uid,
                     row.verified, row.sender, recipient, row.size, subject, script, cwd, reason, mta_queue_id,
                     visible(actor),
                 )
@@ -413,40 +456,42 @@ class Ledger:
         self._db.executemany(_LOG, written)
 
     def forget(self, address: str) -> int:
-        """Forget who ADDRESS is in the log and in what has ended; return the number of log rows. In small transactions."""
-        whose = (address.lower(), self.privacy.hashed(address))
-        changed = 0
-        for column in ("recipient", "sender"):
-            sql = (
-                f"UPDATE mail_log SET {column} = ?, subject = '', "
-                "reason = CASE WHEN instr(lower(reason), ?) THEN '' ELSE reason END "
-                f"WHERE seq IN (SELECT seq FROM mail_log WHERE lower({column}) = ? OR {column} = ? LIMIT 500)"
-            )
-            while True:
-                with self.transaction():
-                    count = self._db.execute(sql, (FORGOTTEN, whose[0], *whose)).rowcount
-                changed += count
-                if count < 500:
-                    break
-        with self.transaction():
-            ended = "state IN ('done', 'unknown')"
-            sql = f"UPDATE message SET sender = ?, subject = '' WHERE {ended} AND lower(sender) = ?"
-            self._db.execute(sql, (FORGOTTEN, whose[0]))
-            for table_column in ("remaining", "refused"):
-                self._db.execute(
-                    f"UPDATE message SET {table_column} = '[]', subject = '' WHERE {ended} AND instr(lower({table_column}), ?)",
-                    (json.dumps(whose[0]),),
-                )
-        return changed
+        """Forget who ADDRESS is in the log and in what has ended; return the number of log rows.
+
+        What is to be changed is looked for without a lock, and changed in small transactions: mail does not wait.
+        """
+        lower, hashed = address.lower(), self.privacy.hashed(address)
+        whose = "(lower({0}) = :lower OR {0} = :hashed)"
+        recipient, sender = whose.format("recipient"), whose.format("sender")
+        found = self._db.execute(f"SELECT seq FROM mail_log WHERE {recipient} OR {sender}", {"lower": lower, "hashed": hashed})
+        rows = [row[0] for row in found]
+        self._rewrite(
+            "mail_log", "seq", rows,
+            f"recipient = CASE WHEN {recipient} THEN :forgotten ELSE recipient END, "
+            f"sender = CASE WHEN {sender} THEN :forgotten ELSE sender END, subject = '', "
+            "reason = CASE WHEN instr(lower(reason), :lower) OR instr(reason, :hashed) THEN '' ELSE reason END",
+            lower=lower, hashed=hashed,
+        )  # fmt: skip
+        changes = {"sender": ":forgotten", "remaining": "'[]'", "refused": "'[]'"}
+        for column, changed in changes.items():
+            sql = f"SELECT queue_id FROM message WHERE state IN ('done', 'unknown') AND {_CONCERNS[column]}"
+            ended = [row[0] for row in self._db.execute(sql, (lower,))]
+            self._rewrite("message", "queue_id", ended, f"{column} = {changed}, subject = ''")
+        return len(rows)
+
+    def _rewrite(self, table: str, key: str, values: Sequence[object], changes: str, **named: str) -> None:
+        """Make CHANGES to the rows of TABLE whose KEY is one of VALUES."""
+        sql = f"UPDATE {table} SET {changes} WHERE {key} = :value"
+        for first in range(0, len(values), COLLECTED):
+            with self.transaction():
+                chunk = values[first : first + COLLECTED]
+                self._db.executemany(sql, [{"value": value, "forgotten": FORGOTTEN, **named} for value in chunk])
+            time.sleep(REWRITE_REST)
 
     def lies_here(self, address: str) -> list[str]:
         """Messages to or from ADDRESS that are in one of our directories, which are not forgotten."""
-        sql = (
-            f"SELECT queue_id FROM message WHERE {UNFINISHED} AND (lower(sender) = ? OR instr(lower(remaining), ?) OR "
-            "instr(lower(refused), ?)) ORDER BY queue_id"
-        )
-        quoted = json.dumps(address.lower())
-        return [found[0] for found in self._db.execute(sql, (address.lower(), quoted, quoted))]
+        sql = f"SELECT queue_id FROM message WHERE {UNFINISHED} AND ({' OR '.join(_CONCERNS.values())}) ORDER BY queue_id"
+        return [found[0] for found in self._db.execute(sql, [address.lower()] * len(_CONCERNS))]
 
     # What the daemon reads.
 
@@ -624,22 +669,100 @@ class Ledger:
 
     # What is shipped to MySQL: the rows of mail_log behind the last one that is known to be there.
 
+    def _set_meta(self, key: str, value: str) -> None:
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    @property
+    def node(self) -> str:
+        """What the log's rows are numbered by, together with seq."""
+        return self._meta("node")
+
+    def new_node(self) -> str:
+        """Another id for all rows from now on."""
+        with self.transaction():
+            self._set_meta("node", os.urandom(8).hex())
+        return self.node
+
+    def give_node(self, old: str, after: int) -> bool:
+        """Give some rows of OLD behind seq AFTER the id that is ours; whether there may be more."""
+        sql = (
+            "UPDATE mail_log SET node = ? WHERE seq IN (SELECT seq FROM mail_log WHERE seq > ? AND node = ? ORDER BY seq LIMIT ?)"
+        )
+        with self.transaction():
+            return self._db.execute(sql, (self.node, after, old, COLLECTED)).rowcount == COLLECTED
+
     def shipped(self) -> int:
-        found = self._db.execute("SELECT value FROM meta WHERE key = 'shipped'").fetchone()
-        return int(found[0]) if found else 0
+        return int(self._meta("shipped") or 0)
 
     def set_shipped(self, seq: int) -> None:
+        """Everything up to SEQ is in MySQL; what is there does not become less."""
         with self.transaction():
-            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('shipped', ?)", (str(seq),))
+            self._set_meta("shipped", str(max(seq, self.shipped())))
 
     def unshipped(self, most: int) -> list[dict[str, Any]]:
         """The next rows of the outbox, in order."""
+        return self.logged(self.shipped(), most)
+
+    def logged(self, after: int, most: int) -> list[dict[str, Any]]:
+        """The rows behind seq AFTER, in order, no more than MOST."""
         sql = f"SELECT {', '.join(LOG_COLUMNS)} FROM mail_log WHERE seq > ? ORDER BY seq LIMIT ?"
-        return [dict(found) for found in self._db.execute(sql, (self.shipped(), most))]
+        return [dict(found) for found in self._db.execute(sql, (after, most))]
+
+    def log_facts(self, node: str, numbers: list[int]) -> list[tuple[int, str, str, str]]:
+        """(seq, logged_at, event, queue_id) of those rows of NODE with NUMBERS that are here."""
+        places = ", ".join("?" * len(numbers))
+        sql = f"SELECT seq, logged_at, event, queue_id FROM mail_log WHERE node = ? AND seq IN ({places})"
+        return [(found[0], found[1], found[2], found[3]) for found in self._db.execute(sql, (node, *numbers))]
 
     def outbox(self) -> int:
         """How many rows wait to be shipped."""
         return int(self._db.execute("SELECT count(*) FROM mail_log WHERE seq > ?", (self.shipped(),)).fetchone()[0])
+
+    def log_size(self, after: int, most: int) -> tuple[int, int, int]:
+        """(last seq, rows, about how many bytes) of the MOST rows behind seq AFTER."""
+        text = " + ".join(f"length({name})" for name in _TEXT)
+        inner = f"SELECT seq, {text} AS text FROM mail_log WHERE seq > ? ORDER BY seq LIMIT ?"
+        sql = f"SELECT max(seq), count(*), sum(text) FROM ({inner})"
+        found = self._db.execute(sql, (after, most)).fetchone()
+        return found[0] or after, found[1], (found[2] or 0) + found[1] * ROW_SIZE
+
+    def waits(self) -> dict[str, Any]:
+        """How it is that the log waits for MySQL; empty: it does not. Keys: Shipper."""
+        return dict(json.loads(self._meta("log_waits") or "{}"))
+
+    def set_waits(self, facts: dict[str, Any]) -> None:
+        with self.transaction():
+            self._set_meta("log_waits", json.dumps(facts))
+
+    def summarise(self, after: int, floor: int, most: int) -> tuple[int, int, int, int]:
+        """Make, of the MOST rows behind seq AFTER, one for each vhost, event and hour, whose size is their number.
+
+        Such rows behind seq FLOOR are added to. Rows about a vhost itself stay as they are. Return the last seq looked at,
+        how many rows there were, how many have gone, and about how many bytes.
+        """
+        earlier_one = (
+            "SELECT seq, size FROM mail_log INDEXED BY mail_log_queue_id WHERE queue_id = '' AND size > 0 "
+            "AND seq > ? AND seq <= ? AND node = ? AND vhost = ? AND event = ? AND logged_at >= ? AND logged_at < ?"
+        )
+        emptied = ", ".join(f"{name} = ''" for name in (*_CLAIMED, "queue_id", "recipient", "mta_queue_id", "actor"))
+        with self.transaction():
+            found = self.logged(after, most)
+            groups: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
+            for row in found:
+                if row["queue_id"] or row["size"]:
+                    groups.setdefault((row["node"], row["vhost"], row["event"], row["logged_at"][:13]), []).append(row)
+            gone: list[dict[str, Any]] = []
+            for (*key, hour), rows in groups.items():
+                earlier = self._db.execute(earlier_one, (floor, after, *key, hour, f"{hour}~")).fetchone()
+                count = sum(1 if row["queue_id"] else row["size"] for row in rows) + (earlier["size"] if earlier else 0)
+                kept = earlier["seq"] if earlier else rows[-1]["seq"]
+                gone += [row for row in rows if row["seq"] != kept]
+                reason = f"summary: {count} rows of this hour, of which outbox_max has left the number"
+                sql = f"UPDATE mail_log SET {emptied}, uid = NULL, size = ?, reason = ? WHERE seq = ?"
+                self._db.execute(sql, (count, reason, kept))
+            self._db.executemany("DELETE FROM mail_log WHERE seq = ?", [(row["seq"],) for row in gone])
+        size = sum(ROW_SIZE + sum(len(row[name]) for name in _TEXT) for row in gone)
+        return (found[-1]["seq"] if found else after), len(found), len(gone), size
 
     def unfinished(self, queue_ids: list[str]) -> set[str]:
         """Those of QUEUE_IDS whose mail still lies in one of our directories."""
@@ -647,16 +770,73 @@ class Ledger:
         sql = f"SELECT queue_id FROM message WHERE state NOT IN ('done', 'unknown') AND queue_id IN ({places})"
         return {found[0] for found in self._db.execute(sql, queue_ids)}
 
-    def collect(self, before: str) -> None:
-        """Delete log rows that are shipped and older than BEFORE, those of mail that still lies here excepted."""
+    def ago(self, seconds: float) -> str:
+        """So long ago, for what is to be collected. A clock that was put forward while we run makes nothing old, nor does one
+        that is ahead when the machine is started, until somebody has had the time to put it right."""
+        now = self.clock.now()
+        return utc(min(time.time(), now) - seconds if now >= float(self._meta("nothing_old_until") or 0) else 0)
+
+    # Garbage collection, a little at a time: each method goes on behind the position that the last one returned, None: done.
+
+    def collect_log(self, before: str, position: tuple[str, int], shipped: bool, most: int) -> tuple[tuple[str, int] | None, int]:
+        """Look at MOST rows of the log from BEFORE then, and delete those of mail that lies here no more; how many.
+
+        SHIPPED: only what is in MySQL.
+        """
         sql = (
-            "DELETE FROM mail_log WHERE seq IN (SELECT seq FROM mail_log WHERE logged_at < ? AND seq <= ? AND queue_id NOT IN "
-            "(SELECT queue_id FROM message WHERE state NOT IN ('done', 'unknown')) LIMIT 1000)"
+            "SELECT logged_at, seq, EXISTS (SELECT 1 FROM message WHERE message.queue_id = mail_log.queue_id AND "
+            f"{UNFINISHED}) AS kept FROM mail_log WHERE logged_at < ? AND (logged_at, seq) > (?, ?) "
+            "ORDER BY logged_at, seq LIMIT ?"
         )
-        while True:
+        found = self._db.execute(sql, (before, *position, most)).fetchall()
+        last = self.shipped() if shipped else None
+        old = [row["seq"] for row in found if not row["kept"] and (last is None or row["seq"] <= last)]
+        self._delete("mail_log", "seq", old)
+        return (found[-1]["logged_at"], found[-1]["seq"]) if len(found) == most else None, len(old)
+
+    def collect_messages(self, before: str, counted: float, position: int, most: int) -> int | None:
+        """Look at MOST messages, and forget those from BEFORE then that have ended and count for no window since COUNTED."""
+        sql = "SELECT rowid, state, source, picked_up_at, counted_at FROM message WHERE rowid > ? ORDER BY rowid LIMIT ?"
+        found = self._db.execute(sql, (position, most)).fetchall()
+        old = [
+            row["rowid"]
+            for row in found
+            if row["state"] in (DONE, UNKNOWN) and row["source"] is None and row["picked_up_at"] < before
+            and (row["counted_at"] is None or row["counted_at"] < counted)
+        ]  # fmt: skip
+        self._delete("message", "rowid", old)
+        # They are in the order in which they were picked up, but for those from before the clock was put back.
+        more = len(found) == most and any(not before <= row["picked_up_at"] <= utc(time.time()) for row in found)
+        return found[-1]["rowid"] if more else None
+
+    def expire(self, state: str, before: str, position: str, most: int, reason: str) -> tuple[str | None, list[Row]]:
+        """Look at MOST messages in STATE, and end those that are there since BEFORE then and are not to be moved: which."""
+
+        def old(row: Row) -> bool:
+            since = max(row.executed_at or "", row.held_at or "", row.picked_up_at)
+            return row.state == state and (row.decision is None or row.executed_at is not None) and since < before
+
+        found = self.rows("state = ? AND queue_id > ?", state, position, most=most)
+        ended = []
+        if any(map(old, found)):
             with self.transaction():
-                if not self._db.execute(sql, (before, self.shipped())).rowcount:
-                    return
+                # A person may have decided meanwhile.
+                for row in filter(old, self.rows("state = ? AND queue_id > ?", state, position, most=most)):
+                    self.log("expired", row, time.time(), [(recipient, reason, "") for recipient in row.concerned])
+                    row.state = DONE
+                    self.put(row)
+                    ended.append(row)
+        return found[-1].queue_id if len(found) == most else None, ended
+
+    def collect_incidents(self, before: float) -> None:
+        """Forget incidents that were over and told of BEFORE then, by the clock of the ledger."""
+        old = self._db.execute("SELECT id FROM incident WHERE ended_at < ? AND notified_at < ?", (before, before))
+        self._delete("incident", "id", [row["id"] for row in old])
+
+    def _delete(self, table: str, key: str, values: list[int]) -> None:
+        if values:
+            with self.transaction():
+                self._db.executemany(f"DELETE FROM {table} WHERE {key} = ?", [(value,) for value in values])
 
     # What the command uses.
 
@@ -701,6 +881,16 @@ class Ledger:
         """The rows that SQL picks, one by one."""
         for found in self._db.execute(sql, values):
             yield dict(found)
+
+
+def _machine() -> str:
+    """What tells this machine from others; empty: nothing does. The id itself is nobody's business."""
+    try:
+        with open("/etc/machine-id", "rb") as stream:
+            machine = stream.read(64).strip()
+    except OSError:
+        return ""
+    return hashlib.sha256(b"php-secure-sendmail " + machine).hexdigest()[:16] if len(machine) == 32 else ""
 
 
 def about(vhost: str, now: float, reason: str, uid: int, verified: int = 1) -> Row:

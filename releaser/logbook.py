@@ -13,6 +13,8 @@ from releaser.config import Mysql
 from releaser.ledger import LOG_COLUMNS, Ledger, utc
 from releaser.privacy import FORGOTTEN
 
+# Seconds that MySQL may take for what a person asks.
+PATIENCE = 600
 # What tells of mail that someone has sent, among the events of the log.
 OF_MAIL = ("released", "held", "deferred", "failed", "unknown")
 
@@ -26,6 +28,9 @@ class Source(Protocol):
     order: tuple[str, ...]
     # The domain of a recipient, in lower case, as SQL.
     domain: str
+
+    def lower(self, column: str) -> str:
+        """What COLUMN has, in lower case, as SQL."""
 
     def time(self, stamp: float) -> str:
         """STAMP, in seconds since 1970, as logged_at is compared with."""
@@ -45,6 +50,9 @@ class InLedger:
     def __init__(self, book: Ledger) -> None:
         self._book = book
 
+    def lower(self, column: str) -> str:
+        return f"lower({column})"
+
     def time(self, stamp: float) -> str:
         return utc(stamp)
 
@@ -61,7 +69,10 @@ class InMysql:
     def __init__(self, server: Mysql) -> None:
         """Raises LogError."""
         self.name = f"MySQL ({server.unix_socket or server.host})"
-        self._connection = mysql_log.connect(server)
+        self._connection = mysql_log.connect(server, PATIENCE)
+
+    def lower(self, column: str) -> str:
+        return f"{column}_lower" if column in ("sender", "recipient") else f"lower({column})"
 
     def time(self, stamp: float) -> str:
         return utc(stamp).replace("T", " ").removesuffix("Z")

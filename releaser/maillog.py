@@ -1,11 +1,18 @@
-"""Every sentence of the daemon's log, a function each: queue id first, then key=value. No addresses: the log tables have them."""
+"""Every sentence of the daemon's log, a function each: queue id first, then key=value.
+
+No addresses but where they are asked for: the log tables have them.
+"""
 
 import logging
 import os
 import re
 import sys
 
+from releaser.visible import visible
+
 LOG = logging.getLogger("secure-sendmail")
+# Recipients of a message in a line.
+NAMED = 50
 
 
 def start() -> None:
@@ -18,6 +25,11 @@ def start() -> None:
     logging.logThreads = logging.logMultiprocessing = False
     LOG.addHandler(handler)
     LOG.setLevel(logging.INFO)
+
+
+def addresses(queue_id: str, sender: str, recipients: list[str]) -> str:
+    more = f",… {len(recipients)} in all" if len(recipients) > NAMED else ""
+    return f"{queue_id}: from={visible(f'<{sender}>')} to={visible(','.join(f'<{each}>' for each in recipients[:NAMED]))}{more}"
 
 
 def released(queue_id: str, vhost: str, sent: int, attempt: int, note: str) -> str:
@@ -108,6 +120,14 @@ def undecided(queue_id: str, vhost: str, error: Exception) -> str:
     return f"{queue_id}: internal error, the decision waits vhost={vhost} error={error!r}"
 
 
+def collected(where: str, rows: int, retention: int) -> str:
+    return f"{rows} rows of {where} were older than {retention} s, deleted"
+
+
+def expired(queue_id: str, vhost: str, queue: str) -> str:
+    return f"{queue_id}: expired vhost={vhost} queue={queue}"
+
+
 def left_for_start(error: Exception) -> str:
     return f"a file could not be moved or removed, the next start sees to it: {error}"
 
@@ -148,8 +168,9 @@ def observing(sections: list[str]) -> str:
     return f'over_limit is "observe", mail over a limit is sent: {", ".join(sections)}'
 
 
-def log_is_down(words: str, rows: int) -> str:
-    return f"MySQL does not take the log, mail goes on rows_waiting={rows} reason={words!r}"
+def log_is_down(words: str, rows: int | None) -> str:
+    waiting = f" rows_waiting={rows}" if rows is not None else ""
+    return f"MySQL does not take the log, mail goes on{waiting} reason={words!r}"
 
 
 def error_log_not_written(reason: str) -> str:
@@ -164,8 +185,28 @@ def log_is_back() -> str:
     return "MySQL takes the log again"
 
 
-def log_row_bare(seq: str, words: str) -> str:
-    return f"MySQL refused log row {seq} for its content, shipped in plain ASCII reason={words!r}"
+def log_row_poor(seq: str, what: str, more: int, words: str) -> str:
+    others = f", and {more} rows before it" if more else ""
+    return f"MySQL refused log row {seq}{others} for its content, shipped {what} reason={words!r}"
+
+
+def outbox_half(size: int, most: int) -> str:
+    return f"more than half of outbox_max waits for MySQL bytes={size} outbox_max={most}"
+
+
+def outbox_full(rows: int, remain: int, most: int) -> str:
+    return f"outbox_max is reached, the oldest rows that wait for MySQL are summarised rows={rows} now={remain} outbox_max={most}"
+
+
+def node_moved(old: str, new: str) -> str:
+    return f"the ledger of node {old} has come to another machine, and goes on as node {new}"
+
+
+def node_taken(old: str, new: str) -> str:
+    return (
+        f"MySQL has rows of node {old} that this ledger does not know: it was restored or copied, and goes on as node {new}; "
+        f"no row is lost. When those of {old} are not needed any more: secure-sendmail log gc --node {old}"
+    )
 
 
 def started(spool: str, vhosts: int, mta: str) -> str:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 FORGOTTEN = "(forgotten)"
 # Hexadecimal digits of a hash.
 DIGITS = 32
+# What looks like an address to people; its local part may be quoted, or have an apostrophe in it.
+_ADDRESS = re.compile(r"""(?:"(?:\\.|[^"\\])*"|[^\s<>()"',;@][^\s<>()",;@]*)@[^\s<>"',;@]*[\w\]]""")
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,6 @@ class Privacy:
         """RECIPIENT, REASON and SUBJECT as the log is to have them."""
         if not self.recipients and recipient:
             # The MTA repeats it, and whoever else it knows by then, in its words.
-            hidden = self.hashed(recipient)
-            reason = re.sub(r"[^\s<>\"',;]+@[^\s<>\"',;]+", lambda found: self.hashed(found[0]), reason)
-            recipient = hidden
+            reason = _ADDRESS.sub(lambda found: self.hashed(found[0]), reason)
+            recipient = self.hashed(recipient)
         return recipient, reason, subject if self.subject else ""

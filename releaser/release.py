@@ -30,6 +30,7 @@ from releaser import (
     usage,
 )
 from releaser.batch import Batch
+from releaser.collector import Collector
 from releaser.config import Config, VhostSettings
 from releaser.door import Door, Key
 from releaser.handover import Flight, HandOver, verified
@@ -80,6 +81,7 @@ class Releaser:
         self._room = Room()
         self._incidents = Incidents(config, book, self._settings)
         self._door = Door(config, book)
+        self._collector = Collector(config, book, self._door)
         # Whose mail was counted or held since their limits were looked at for the door.
         self._moved: set[Key] = set()
         self._drops = Maildrops(config.spool, self._policy)
@@ -175,7 +177,7 @@ class Releaser:
         self._handover.give_up = config.give_up
         known = {(name if name in self._drops else layout.UNREGISTERED, name) for name in self._accounts if isinstance(name, str)}
         self._accounts = {}
-        self._incidents.config = self._door.config = config
+        self._incidents.config = self._door.config = self._collector.config = config
         self._door.look_at_room()
         self._door.load()
         self._moved |= {*self._door.over, *known}
@@ -202,6 +204,7 @@ class Releaser:
                 self.scan()
             elif self._drops.frozen:
                 self._carry_over()
+            self._collector.step()
         return self._pause()
 
     @contextmanager
@@ -241,7 +244,9 @@ class Releaser:
         """Nothing is left that could be done now."""
         now, retry = self._now(), self._handover.next_retry
         work = (self._door.room and self._drops.waiting(self._door.shut)) or (retry is not None and retry <= now)
-        return not self._handover.in_flight and not self._decisions_wait and (not work or self._handover.down_until > now)
+        if self._handover.in_flight or self._decisions_wait or self._collector.busy:
+            return False
+        return not work or self._handover.down_until > now
 
     def finish(self, alive: Callable[[], None] = lambda: None) -> None:
         """Wait for what is in flight, and make its outcome durable. ALIVE is called again and again meanwhile."""
@@ -268,7 +273,7 @@ class Releaser:
 
     def _pause(self) -> float:
         now = self._now()
-        due = [self._next_scan, self._incidents.next, self._door.next]
+        due = [self._next_scan, self._incidents.next, self._door.next, self._collector.next]
         if not self._room.there or self._unwritten:
             return PAUSE
         if self._decisions_wait:
@@ -441,6 +446,8 @@ class Releaser:
         if known is not None:
             self._replaced(batch, known)
         row = self._new_row(submitted)
+        if self.config.journal_addresses:
+            LOG.info(maillog.addresses(row.queue_id, row.sender, row.remaining))
         self._let_in(row)
         settings = self._settings(row.vhost)
         reason, excess = self._verdict(submitted, row)

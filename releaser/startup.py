@@ -88,7 +88,8 @@ def _adopt(spool: str, book: Ledger, alive: Callable[[], None]) -> None:
     for name in ("hold", "active", "trash", "failed"):
         for queue_id in mailqueue.listing(spool, name):
             alive()
-            if queue_id not in known and (name in ("hold", "active") or book.row(queue_id) is None):
+            recorded = None if queue_id in known or name in ("hold", "active") else book.row(queue_id)
+            if queue_id not in known and (recorded is None or recorded.state == DONE):
                 try:
                     _adopt_one(spool, book, name, queue_id)
                 except sqlite3.Error:

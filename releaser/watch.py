@@ -79,15 +79,20 @@ class Watch:
 
     def __init__(self, spool: str, configuration: list[str], wake: Wake) -> None:
         """Raises OSError where nothing can be watched."""
-        self._observer = Observer()
         # watchdog swallows a directory that it may not read, and then watches nothing.
         for directory in (f"{spool}/wake", *configuration):
             os.listdir(directory)
         self._bells = _Handler(wake.ring)
-        self._observer.schedule(self._bells, f"{spool}/wake", recursive=False)
-        for directory in configuration:
-            self._observer.schedule(_Handler(lambda _: wake.touch_configuration()), directory, recursive=False)
-        self._observer.start()
+        self._observer = Observer()
+        try:
+            self._observer.schedule(self._bells, f"{spool}/wake", recursive=False)
+            for directory in configuration:
+                self._observer.schedule(_Handler(lambda _: wake.touch_configuration()), directory, recursive=False)
+            self._observer.start()
+        except OSError:
+            # This is tried again and again: what was begun keeps descriptors of the kernel, of which there are few.
+            self._observer.on_thread_stop()
+            raise
 
     @property
     def loudest(self) -> str | None:

@@ -7,6 +7,8 @@ from typing import Any
 import pymysql
 from servers import HOST, _Server
 
+from releaser.ledger import LOG_COLUMNS
+
 PASSWORD = "not a secret"
 # What README gives the releaser's user: no more is needed.
 GRANTS = "INSERT, SELECT, DELETE"
@@ -47,7 +49,7 @@ class MariaDB(_Server):
             cursor.execute(sql)
             return list(cursor.fetchall())
 
-    def rows(self, columns: str = "*") -> list[tuple[Any, ...]]:
+    def rows(self, columns: str = ", ".join(LOG_COLUMNS)) -> list[tuple[Any, ...]]:
         return self.root(f"SELECT {columns} FROM mail_log ORDER BY seq")
 
     def signal(self, number: int) -> None:

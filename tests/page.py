@@ -14,7 +14,7 @@ def section(page: str, name: str) -> list[str]:
     """The lines of the table or fence behind the comment `read by tests/: NAME`."""
     found = re.search(rf"<!-- read by tests/: {name} -->\n\n(.*?)\n\n(?=\S)(?![^\n]*```)", page + "\n\n.", re.DOTALL)
     assert found, f"the page has no section {name}"
-    return found[1].split("\n")
+    return found[1].rstrip("\n").split("\n")
 
 
 def table(page: str, name: str) -> list[list[str]]:

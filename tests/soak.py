@@ -527,8 +527,10 @@ class Reckoning:
             for recipient in {r for r, event in log if event == "released"} - have:
                 self.say(name, f"{recipient}: released, and the MTA has never got it")
             for recipient in have - {r for r, event in log if event == "released"}:
-                # The reply was lost; then it was refused, which is `retried`, or stopped before it was tried again.
-                if (recipient, "retried") not in log and not self.stopped & self.events[name].keys():
+                # The reply was lost; then it was refused, which is `retried`, or stopped before it was tried again, or what
+                # was sent had gone from the maildrop: its sender had rewritten it.
+                rewritten = told["act"] == "rewritten" and (recipient, "unknown") in log
+                if (recipient, "retried") not in log and not rewritten and not self.stopped & self.events[name].keys():
                     self.say(name, f"{recipient}: the MTA has it, and it was never released")
             for (recipient, _), copies in got.items():
                 self.counts["copies too many"] += len(copies) - 1

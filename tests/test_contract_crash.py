@@ -485,6 +485,28 @@ def large_refused(site: Site) -> Scenario:
     yield from refused(site, LARGE)
 
 
+def expired(site: Site) -> Scenario:
+    """What was deleted, and what was refused, long ago."""
+    long_ago = "2020-01-01T00:00:00.000000Z"
+    aged = f"UPDATE message SET held_at = NULL, picked_up_at = '{long_ago}', executed_at = '{long_ago}'"
+    site.configure("0/1h")
+    site.send("a")
+    assert site.run(site.releaser()).status == 0
+    assert site.run(site.command("hold", "delete", "--all", "--yes")).status == 0
+    assert site.run(site.releaser()).status == 0
+    site.sql(aged)
+    yield site.releaser()
+    outcome(site, held="a", deleted="a", expired="a")
+    site.configure()
+    site.replies = {b"no": b"550 no"}
+    site.send("no")
+    assert site.run(site.releaser()).status == 0
+    site.sql(aged)
+    yield site.releaser()
+    outcome(site, held="a", deleted="a", failed="no", expired="a no")
+    assert site.reckon().counted == 1
+
+
 def stopped_while_deferred(site: Site) -> Scenario:
     site.replies = {b"later": b"450 later"}
     site.send("later")
@@ -517,7 +539,7 @@ def notice(site: Site) -> Scenario:
 
 TRACED: tuple[Callable[[Site], Scenario], ...] = (
     sent, not_accepted, left_in_tmp, no_message, large, held_and_decided, deferred_and_refused, deferred_and_taken, refused,
-    large_refused, stopped_while_deferred, ledger_lost, notice,
+    large_refused, expired, stopped_while_deferred, ledger_lost, notice,
 )  # fmt: skip
 
 
@@ -612,7 +634,7 @@ def migrated(site: Site) -> Scenario:
         book.executescript(SCHEMA_1 + "PRAGMA user_version = 1; INSERT INTO meta VALUES ('node', '0123456789abcdef');")
         book.execute(
             f"INSERT INTO message ({columns}) VALUES ('{'1' * 17}', '{VHOST}', 'done', NULL, '', 5.0, 3, '[]', 's@a.example', 9, "
-            "'', '', 0, 1, '<1@a>', 'subject', '', '', '')"
+            "'', '9999', 0, 1, '<1@a>', 'subject', '', '', '')"
         )
     yield site.releaser()
     assert site.sql("PRAGMA user_version") == [(VERSION,)]

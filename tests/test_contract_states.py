@@ -252,6 +252,18 @@ def refused_then_deleted(spool: Spool) -> None:
     assert spool.state() == "S11"
 
 
+def expired(spool: Spool) -> None:
+    for queue in ("trash", "failed"):
+        refused(spool)
+        if queue == "trash":
+            spool.decide("delete", "--failed")
+            spool.work()
+        spool.configure(f"maildir:{spool.root}/mail", extra=f'[retention]\n{queue} = "1s"\n')
+        time.sleep(1.1)
+        spool.work()
+        assert spool.state() == "S1"
+
+
 def refused_not_recorded(spool: Spool) -> None:
     with Sink(["-f", "RCPT"]) as sink:
         spool.configure(f"smtp://127.0.0.1:{sink.port}")
@@ -329,7 +341,7 @@ def ledger_lost(spool: Spool) -> None:
 
 SCENARIOS = (
     accepted, refused_at_the_door, writer_gone, large, large_without_mta, held, hold_not_recorded, no_message,
-    large_not_finished, refused, refused_then_decided, refused_then_deleted, refused_not_recorded,
+    large_not_finished, refused, refused_then_decided, refused_then_deleted, refused_not_recorded, expired,
     large_refused, large_refused_not_removed, notice, deferred_then_refused, ledger_lost,
 )  # fmt: skip
 

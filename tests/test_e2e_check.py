@@ -294,6 +294,7 @@ def test_place_of_the_spool_is_judged(system: System, tmp_path: Path) -> None:
         host.add(C1)
         said = "\n".join(found(host)["warnings"])
         assert f"{host.spool}: on the file system of MySQL's data, {server.data}" in said
+        assert "run: secure-sendmail log init" in said
         # What one user owns alone is a trial: nobody else can fill it.
         assert "file system of /" not in said and "quotas" not in said
         shutil.rmtree(host.spool)

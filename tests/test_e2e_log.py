@@ -112,6 +112,7 @@ def test_pages(host: Host, source: str) -> None:
     shown = host.cli("log", "--source", source, "--last", "4").stdout
     assert "--page 2" in shown and len([line for line in shown.splitlines() if "Z" in line]) >= 4
     assert host.cli("log", "--page", "2", "--follow", check=False).returncode == 64
+    assert host.cli("log", "--source", "mysql", "--follow", check=False).returncode == 64
 
 
 @pytest.mark.parametrize("source", SOURCES)

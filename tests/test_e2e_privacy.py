@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,7 +109,7 @@ def test_forgotten_address(host: Host, server: MariaDB, how: str) -> None:
         host.cli("log", "forget", "refused@x.example", "--yes")
         log = everything(host, server)
         assert "some.body" not in log and "held, private" not in log and "<refused@" not in log
-        assert log.count("(forgotten)") == 6
+        assert log.count("(forgotten)") == 6 and "no such user" not in log
         assert [row["event"] for row in host.rows()] == before and len(server.rows()) == len(before)
         assert host.json("log", "--recipient", WHO) == []
         assert "other@x.example" in log or how == "hash"
@@ -126,3 +127,19 @@ def test_forgotten_address(host: Host, server: MariaDB, how: str) -> None:
     with sqlite3.connect(host.state / "ledger.sqlite") as book:
         ended = json.dumps(book.execute("SELECT * FROM message WHERE state IN ('done', 'unknown')").fetchall()).lower()
     assert "other@" not in ended
+
+
+@pytest.mark.parametrize("journal", ["ids", "addresses"])
+def test_addresses_in_the_journal(host: Host, server: MariaDB, journal: str) -> None:
+    """Queue ids alone, whatever the MTA says in its replies; or a line for each message that was asked for."""
+    host.configure(extra=host.section + f'[log]\njournal = "{journal}"\n')  # type: ignore[attr-defined]
+    with host.running():
+        send(host, server)
+    lines = [line for line in host.log().splitlines() if "@" in line]
+    if journal == "ids":
+        assert not lines
+        return
+    assert [line.partition("INFO: ")[2].partition(" ")[2].partition("from=")[2] for line in lines] == [
+        f"<root@{os.uname().nodename}> to=<{WHO}>,<other@x.example>", f"<root@{os.uname().nodename}> to=<refused@x.example>",
+        f"<root@{os.uname().nodename}> to=<{WHO}>",
+    ]  # fmt: skip

@@ -7,9 +7,9 @@ import page
 import pytest
 
 TESTS = Path(__file__).parent
-SECTIONS = ("spool", "crashes", "mta")
+SECTIONS = ("spool", "crashes", "mta", "mysql")
 # Modules whose tests are faults, all of them.
-WHOLE = ("test_e2e_hostile_spool", "test_e2e_mta_faults")
+WHOLE = ("test_e2e_hostile_spool", "test_e2e_mta_faults", "test_e2e_mysql_nodes")
 
 
 def named(text: str) -> list[str]:

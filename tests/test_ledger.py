@@ -1,6 +1,7 @@
 """Times as the ledger writes them, and a ledger that cannot be used."""
 
 import sqlite3
+import time
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,98 @@ def test_log_is_no_larger_than_what_the_caps_count(tmp_path: Path, recipients: i
     book.close()
     if recipients > 1000:
         assert (tmp_path / "ledger.sqlite").stat().st_size < recipients * RECIPIENT_SIZE
+
+
+def test_times_before_1970_are_not_later(tmp_path: Path) -> None:
+    """Whoever keeps things for a thousand years, "9999999h", keeps them: texts of three digits' years are not compared."""
+    for years in (56, 1027, 1140, 2026, 5000):
+        before = utc(time.time() - years * 366 * 86400)
+        assert before < "2026"
+    ledger = Ledger(str(tmp_path), create=True)
+    with ledger.transaction():
+        ledger.log("released", about("www.a.example", time.time(), "", 33), time.time(), [("r@x.example", "", "")])
+    assert ledger.collect_log(utc(time.time() - 9_999_999 * 3600), ("", 0), False, 200) == (None, 0)
+
+
+def test_messages_behind_those_of_a_clock_that_was_ahead_are_collected(tmp_path: Path) -> None:
+    """Those with a time that is still to come hide nothing that is old; and what is new ends the search."""
+    ledger, now = Ledger(str(tmp_path), create=True), time.time()
+    with ledger.transaction():
+        for number, stamp in enumerate([now + 1e8] * 300 + [now - 1e8] * 300 + [now - 10] * 300):
+            row = about("www.a.example", stamp, "", 33)
+            row.queue_id = f"{number:017X}"
+            ledger.put(row)
+    position: int | None = 0
+    steps = 0
+    while position is not None:
+        position, steps = ledger.collect_messages(utc(now - 86400), now, position, 100), steps + 1
+    left = ledger.select("SELECT count(*) AS n, min(picked_up_at) AS first FROM message", ())
+    assert list(left) == [{"n": 600, "first": utc(now - 10)}]
+    assert steps == 7
+
+
+def test_address_that_is_not_ascii_is_forgotten(tmp_path: Path) -> None:
+    """In whatever case it is written, in the log and in what has ended; mail that lies here is named."""
+    ledger = Ledger(str(tmp_path), create=True)
+    with ledger.transaction():
+        for queue_id, state, row_of in (
+            ("0" * 17, "done", {"sender": "Ürsel@x.example"}), ("1" * 17, "done", {"refused": [("ÜRSEL@x.example", "550 no")]}),
+            ("2" * 17, "held", {"remaining": ["a@x.example", "ürsel@x.example"]}), ("3" * 17, "held", {"sender": "b@x.example"}),
+        ):  # fmt: skip
+            row = about("www.a.example", time.time(), "", 33)
+            row.queue_id, row.state = queue_id, state
+            for name, value in row_of.items():
+                setattr(row, name, value)
+            ledger.put(row)
+            ledger.log("failed", row, time.time(), [("Ürsel@X.example", "550 ÜRSEL@x.example", ""), ("c@x.example", "", "")])
+    assert ledger.lies_here("ürsel@X.EXAMPLE") == ["2" * 17]
+    # The other recipient's row has it as sender.
+    assert ledger.forget("ürSEL@x.example") == 5
+    (texts,) = ledger.select("SELECT group_concat(recipient || sender || reason) AS log FROM mail_log", ())
+    (ended,) = ledger.select("SELECT group_concat(sender || refused) AS of FROM message WHERE state = 'done'", ())
+    assert "rsel" not in f"{texts}{ended}".lower()
+    assert len(list(ledger.select("SELECT 1 FROM mail_log WHERE recipient = '(forgotten)'", ()))) == 4
+    assert ledger.forget("ürSEL@x.example") == 0
+
+
+def test_mail_does_not_wait_while_an_address_is_forgotten(tmp_path: Path) -> None:
+    """What is to be changed is looked for without the lock that the releaser writes under."""
+    ledger, releaser = Ledger(str(tmp_path), create=True), Ledger(str(tmp_path))
+    with ledger.transaction():
+        ledger.log("released", about("www.a.example", time.time(), "", 33), time.time(), [("r@x.example", "", "")])
+    releaser._db.execute("PRAGMA busy_timeout = 0")
+    looked = []
+
+    def lower(text: str) -> str:
+        with releaser.transaction():
+            releaser.keep_time()
+        looked.append(text)
+        return text.lower()
+
+    ledger._db.create_function("lower", 1, lower)
+    assert ledger.forget("nobody@x.example") == 0
+    assert looked
+
+
+def test_machine_that_starts_with_a_clock_ahead_makes_nothing_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a day, also over restarts; a machine that was off for a night collects at once."""
+    now = time.time()
+
+    def started(off: float, up: float, how: str) -> str:
+        """What is a week old where the machine, started after OFF seconds by its clock, is up for so many."""
+        monkeypatch.setattr(time, "time", lambda: now + off + up)
+        monkeypatch.setattr(time, "clock_gettime", lambda _: 10.0 + up)
+        ledger = Ledger(str(tmp_path), create=how == "releaser")
+        found = ledger.ago(7 * 86400)
+        if how == "releaser":
+            monkeypatch.setattr(time, "clock_gettime", lambda _: 1010.0 + up)
+            with ledger.transaction():
+                ledger.keep_time()
+        ledger.close()
+        return found
+
+    assert started(0, 1000, "releaser") > "2026"
+    assert started(40000, 0, "releaser") == utc(now + 40000 - 7 * 86400)
+    for up, how in ((0, "releaser"), (5, "command"), (3600, "releaser"), (86000, "command")):
+        assert started(3e9, up, how) == utc(0)
+    assert started(3e9, 86500, "releaser") == utc(now + 3e9 + 86500 - 7 * 86400)

@@ -1,5 +1,7 @@
 """Text from mail on a terminal: what the terminal would obey is made visible, what people write stays as it is."""
 
+import csv
+import io
 import sys
 import unicodedata
 
@@ -7,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from releaser.cli import log as cli_log
 from releaser.cli import output
+from releaser.ledger import LOG_COLUMNS
 
 PROPERTY = settings(max_examples=200, derandomize=False, print_blob=True, deadline=None)
 
@@ -94,6 +98,20 @@ def test_a_row_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     output.table(["id", "subject"], [["1", "a\nFAKE ROW"], ["2", "\x1b[2Jb\r\u2028c"]], "none")
     printed = capsys.readouterr().out
     assert len(printed.splitlines()) == 3 and "\x1b" not in printed and "\r" not in printed
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("text", [
+    "=1+1", "+1", "-1", "@SUM(1)", "'=1", " =1+1", '"=1+1"', "\uff1d1+1", "Sale;=1+1", 'Sale; "=1+1"', ";;@SUM(1)", "a\t=1",
+    "\r=1", 'x";"=1+1', "a;=1,=2;+3",
+])  # fmt: skip
+def test_csv_has_no_formula(text: str, delimiter: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever a customer writes, and whichever delimiter the reader's country has: no cell begins as a formula does."""
+    write = cli_log._line(as_csv=True, as_json=False)
+    write({name: text if name == "subject" else "" for name in LOG_COLUMNS})
+    for row in csv.reader(io.StringIO(capsys.readouterr().out), delimiter=delimiter):
+        for cell in row:
+            assert not unicodedata.normalize("NFKC", cell.lstrip('" ')).startswith(("=", "+", "-", "@")), cell
 
 
 def test_empty_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import click
 
-from releaser import config, daemon, door, errorlog, identity, layout, ledger, mailqueue, policy, provision, startup
+from releaser import config, daemon, door, errorlog, identity, layout, ledger, mailqueue, mysql_log, policy, provision, startup
 from releaser.cli import filesystem, lockdown, output
 from releaser.cli.context import Context, json_option, pass_context
 from releaser.cli.vhost import who_works
@@ -335,6 +335,8 @@ class Inside:
         if book is not None:
             try:
                 self._index(book, running)
+                if self.settings.mysql is not None:
+                    self.found.warnings += mysql_log.waiting(book.waits(), book.outbox())
             except sqlite3.Error as error:
                 self._unusable(str(error))
         if self.repair:

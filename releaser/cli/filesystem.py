@@ -47,21 +47,25 @@ def warnings(spool: str) -> list[str]:
 
 
 def of_mysql(settings: Config) -> list[str]:
-    """A sentence where MySQL cannot be reached, or has its data where the spool is."""
+    """A sentence where MySQL cannot be reached, has older tables than it could have, or its data where the spool is."""
     server = settings.mysql
     if server is None:
         return []
+    said, data = [], ""
     try:
         with mysql_log.connect(server) as session, session.cursor() as cursor:
             cursor.execute("SELECT @@datadir")
             found = cursor.fetchone()
+            data = str(found[0]) if found else ""
+            version = mysql_log.version_of(session)
+        if version < mysql_log.SCHEMA_VERSION:
+            said.append(f"[mysql]: the tables are of version {version}, an older one; run: secure-sendmail log migrate")
     except Exception as error:
-        return [f"[mysql]: {mysql_log.words(error)}: the log waits in the ledger"]
-    data = str(found[0]) if found else ""
+        said.append(f"[mysql]: {mysql_log.words(error)}: the log waits in the ledger")
     local = server.unix_socket is not None or server.host in LOCAL
     if local and os.path.isdir(data) and os.path.isdir(settings.spool) and _device(data) == _device(settings.spool):
-        return [f"{settings.spool}: on the file system of MySQL's data, {data}: each can fill it for the other"]
-    return []
+        said.append(f"{settings.spool}: on the file system of MySQL's data, {data}: each can fill it for the other")
+    return said
 
 
 def _device(path: str) -> int:

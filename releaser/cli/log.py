@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -13,7 +14,6 @@ import click
 from releaser import layout, logbook
 from releaser.cli import output
 from releaser.cli.context import Context, Failed, json_option, pass_context
-from releaser.cli.report import log_
 from releaser.cli.select import Filters, filters
 from releaser.ledger import ACTIVE, CORRUPT, FAILED, HELD, LOG_COLUMNS, TRASHED, Row
 from releaser.logbook import InLedger, InMysql, Source
@@ -27,10 +27,28 @@ SHOWN = [
 PAGE, TRACED = 100, 10
 # Seconds between looks for new rows.
 FOLLOW = 1
-# Seconds that rows on their way to MySQL have to arrive.
-PATIENCE = 30
 DAY = 86400
+# What stands before that which a spreadsheet takes for the begin of a formula; some take the wide forms, too.
+_FORMULA = re.compile(r"""(?:^|;)(?=[\s"]*[=+\-@'\uff1d\uff0b\uff0d\uff20])""")
 BY = ("vhost", "script", "sender", "domain", "recipient")
+
+
+class _DefaultGroup(click.Group):
+    """A group whose verb `show` need not be named: `log --vhost V` is `log show --vhost V`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args or (args[0] not in self.commands and args[0] not in ("-h", "--help")):
+            args = ["show", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group("log", cls=_DefaultGroup)
+def log_() -> None:
+    """What became of every mail.
+
+    `show` need not be named: `log --vhost V` is `log show --vhost V`; `log show --help` has the filters.
+    """
+
 
 source_option = click.option(
     "--source", "wanted", type=click.Choice(["mysql", "ledger"]), help="Default: mysql where it is configured and answers."
@@ -70,8 +88,8 @@ def log_show(
     wanted: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """A row per event and recipient. Oldest first."""
-    if (as_csv and as_json) or (follow and page):
-        raise click.UsageError("--csv and --json, --follow and --page exclude each other")
+    if (as_csv and as_json) or (follow and (page or wanted == "mysql")):
+        raise click.UsageError("--csv and --json exclude each other, and so does --follow with --page and --source mysql")
     if follow:
         _follow(context, chosen, event, last, _line(as_csv, as_json))
         return
@@ -135,44 +153,11 @@ def _line(as_csv: bool, as_json: bool) -> Callable[[dict[str, Any]], None]:
 
 
 def _cell(value: object) -> object:
-    """VALUE as a spreadsheet shows it: what begins as a formula does would be one."""
+    """VALUE as a spreadsheet shows it: what begins as a formula does would be one; also behind a semicolon, at which those of
+    many countries begin a cell, whatever is quoted."""
     if value is None or isinstance(value, int):
         return value
-    text = visible(str(value))
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "'")) else text
-
-
-@log_.command("forget")
-@click.argument("address")
-@click.option("--yes", is_flag=True, help="Do not ask.")
-@pass_context
-def log_forget(context: Context, address: str, yes: bool) -> None:
-    """Take a recipient's or sender's ADDRESS out of the log, for good.
-
-    Its rows stay, with (forgotten) in its place and without a subject: in the ledger, in what waits for MySQL, and in MySQL.
-    Mail to or from it that still lies here is named, and stays.
-    """
-    if "@" not in address:
-        raise click.UsageError(f"{address[:80]!r} is not an address")
-    if not yes:
-        if not sys.stdin.isatty():
-            raise click.UsageError("without a terminal, this log forget needs --yes")
-        click.confirm(f"forget {address} in the log?", abort=True)
-    book, server = context.ledger, context.config.mysql
-    count = book.forget(address)
-    if server is not None:
-        # What was on its way meanwhile has arrived by then.
-        until = time.monotonic() + PATIENCE
-        while book.outbox() and context.running and time.monotonic() < until:
-            time.sleep(0.1)
-        try:
-            count = max(count, InMysql(server).forget(address, book.privacy.hashed(address)))
-        except LogError as error:
-            raise Failed(f"MySQL: {error}; it is forgotten in the ledger alone, run this again") from None
-    output.say(f"forgotten in {count} row{'' if count == 1 else 's'} of the log")
-    here = book.lies_here(address)
-    if here:
-        output.say(f"mail to or from {address} still lies here, hold delete removes it: {' '.join(here)}")
+    return _FORMULA.sub(r"\g<0>'", visible(str(value)))
 
 
 @click.command()
@@ -254,7 +239,8 @@ def _messages(source: Source, what: str, hashed: str, most: int) -> list[str]:
     elif what.startswith("<"):
         conditions = [("message_id = ?", [what])]
     elif "@" in what:
-        conditions = [("(lower(recipient) = ? OR recipient = ?)", [what.lower(), hashed]), ("message_id = ?", [f"<{what}>"])]
+        address = f"{source.lower('recipient')} IN (?, ?)"
+        conditions = [(address, [what.lower(), hashed]), ("message_id = ?", [f"<{what}>"])]
     else:
         conditions = [("mta_queue_id = ?", [what])]
     for condition, values in conditions:

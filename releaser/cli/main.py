@@ -9,7 +9,7 @@ import sys
 import click
 
 from releaser import config, identity, provision
-from releaser.cli import check, hold, log, output, report, vhost
+from releaser.cli import check, hold, log, log_store, output, report, vhost
 from releaser.cli.context import Context, Failed
 from releaser.ledger import LedgerError
 
@@ -31,7 +31,9 @@ secure_sendmail.add_command(vhost.vhost)
 secure_sendmail.add_command(vhost.stop)
 secure_sendmail.add_command(vhost.resume)
 secure_sendmail.add_command(report.limits_)
-secure_sendmail.add_command(report.log_)
+for verb in log_store.VERBS:
+    log.log_.add_command(verb)
+secure_sendmail.add_command(log.log_)
 secure_sendmail.add_command(report.status)
 secure_sendmail.add_command(log.top)
 secure_sendmail.add_command(log.trace)

@@ -1,21 +1,17 @@
-"""secure-sendmail status, limits, log: what is going on."""
+"""secure-sendmail status, limits: what is going on."""
 
 import time
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import click
 
 from releaser import mysql_log, policy, usage
 from releaser.cli import output
-from releaser.cli.context import Context, Failed, json_option, pass_context
+from releaser.cli.context import Context, json_option, pass_context
 from releaser.cli.vhost import queued
 from releaser.config import uid_of
 from releaser.ledger import ACTIVE, CORRUPT, FAILED, HELD, utc
 from releaser.limits import Account
-
-SCHEMA = Path(__file__).resolve().parents[2] / "config/schema.sql"
 
 
 @click.command()
@@ -35,6 +31,7 @@ def status(context: Context, as_json: bool) -> None:
         "corrupt": counts.get(CORRUPT, 0),
         # Without a [mysql] section the ledger keeps the log itself, and nothing waits.
         "outbox": context.ledger.outbox() if context.config.mysql else 0,
+        "log_waits": context.ledger.waits() if context.config.mysql else {},
         "observe": [name for name in names if context.settings(name).over_limit == "observe"],
         "stopped": context.ledger.stops(),
         "refused": [
@@ -64,6 +61,8 @@ def status(context: Context, as_json: bool) -> None:
     output.say("the releaser is running" if facts["running"] else "the releaser is not running")
     if facts["observe"]:
         output.say(f'over_limit is "observe", mail over a limit is sent: {", ".join(facts["observe"])}')
+    for sentence in mysql_log.waiting(facts["log_waits"], facts["outbox"]):
+        output.say(sentence)
     for stop in facts["stopped"]:
         output.say(f"stopped: {stop['vhost']} since {stop['since'][:19]}Z by {stop['actor']}: {stop['why']}")
     for refused in facts["refused"]:
@@ -111,51 +110,6 @@ def limits_show(context: Context, name: str, as_json: bool) -> None:
 
 def _table(found: list[dict[str, Any]]) -> None:
     output.table(["LIMIT", "USED", "LEFT"], ([w["text"], w["used"], max(w["limit"] - w["used"], 0)] for w in found), "unlimited")
-
-
-class _DefaultGroup(click.Group):
-    """A group whose verb `show` need not be named: `log --vhost V` is `log show --vhost V`."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not args or (args[0] not in self.commands and args[0] not in ("-h", "--help")):
-            args = ["show", *args]
-        return super().parse_args(ctx, args)
-
-
-@click.group("log", cls=_DefaultGroup)
-def log_() -> None:
-    """What became of every mail.
-
-    `show` need not be named: `log --vhost V` is `log show --vhost V`; `log show --help` has the filters.
-    """
-
-
-@log_.command("init")
-@click.option("--print", "only_print", is_flag=True, help="Print the SQL, and do nothing.")
-@click.option("--user", metavar="NAME", help="Another MySQL user than the configured one, who may create tables.")
-@click.option("--password-file", metavar="FILE", help="That user's password.")
-@pass_context
-def log_init(context: Context, only_print: bool, user: str | None, password_file: str | None) -> None:
-    """Make the tables in the configured database. Safe to run again."""
-    try:
-        schema = SCHEMA.read_text(encoding="utf-8")
-    except OSError as error:
-        raise Failed(f"{SCHEMA}: {error.strerror}") from None
-    if only_print:
-        click.echo(schema, nl=False)
-        return
-    server = context.config.mysql
-    if server is None:
-        raise Failed(f"{context.file}: no [mysql] section: the ledger keeps the log, and needs no tables")
-    if user is not None:
-        server = replace(server, user=user, password_file=password_file)
-    try:
-        mysql_log.initialise(server, schema)
-    except mysql_log.LogError as error:
-        output.complain(f"{server.database}: {error}; let a user who may create tables run this:")
-        click.echo(schema, nl=False)
-        raise click.exceptions.Exit(1) from None
-    output.say(f"the tables of the log are in {server.database}")
 
 
 def windows(context: Context, name: str) -> list[dict[str, Any]]:

@@ -52,15 +52,16 @@ class Filters:
         ):
             if text is None:
                 continue
+            # Names of vhosts and events are in lower case as they are.
+            name = column if column in ("vhost", "event") else source.lower(column)
             if inside or "*" in text or "?" in text:
-                parts.append(f"lower({column}) LIKE ? ESCAPE '!'")
+                parts.append(f"{name} LIKE ? ESCAPE '!'")
                 values.append(like(text, inside))
             elif column == "recipient":
-                parts.append("(lower(recipient) = ? OR recipient = ?)")
+                parts.append(f"{name} IN (?, ?)")
                 values += [text.lower(), hashed(text)]
             else:
-                # Names of vhosts and events are in lower case as they are.
-                parts.append(f"{column if column in ('vhost', 'event') else f'lower({column})'} = ?")
+                parts.append(f"{name} = ?")
                 values.append(text.lower())
         for operator, stamp in ((">=", self.since), ("<=", self.until)):
             if stamp is not None:
@@ -114,10 +115,10 @@ def filters(verb: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--since",
                 metavar="TIME",
-                callback=_time,
+                callback=time_,
                 help="From then on: 2026-05-01, 2026-05-01T14:00, or 2h ago as 2h.",
             ),
-            click.option("--until", metavar="TIME", callback=_time, help="Until then."),
+            click.option("--until", metavar="TIME", callback=time_, help="Until then."),
             click.option("--all", "everything", is_flag=True, help="All of them."),
         )
     ):
@@ -136,7 +137,8 @@ def _ids(_context: click.Context, _parameter: click.Parameter, values: tuple[str
     return values
 
 
-def _time(_context: click.Context, _parameter: click.Parameter, value: str | None) -> float | None:
+def time_(_context: click.Context, _parameter: click.Parameter, value: str | None) -> float | None:
+    """Seconds since 1970 of an option's VALUE: a time, or a span that ends now."""
     if value is None:
         return None
     try:
