@@ -100,7 +100,7 @@ class SmtpSession:
         self._asked = False
 
     def send(self, job: Job) -> list[Outcome]:
-        self._dot_sent = self._asked = False
+        self._dot_sent = False
         if self._sent >= MESSAGES_PER_SESSION:
             self.close()
         smtp, code, words = self._mail(job)
@@ -178,13 +178,18 @@ class SmtpSession:
         return smtp
 
     def _sender(self, smtp: smtplib.SMTP, job: Job) -> tuple[int, str]:
+        # Of an earlier session that has ended meanwhile, whatever it was asked.
+        self._asked = False
         if not self._takes(smtp, job.sender):
             return 553, "the MTA does not offer SMTPUTF8, which the sender's address needs"
         if smtp.has_extn("pipelining"):
             # In one packet instead of three, each of which would be waited for (RFC 2920).
             recipients = [self._rcpt(smtp, address, job) for address in job.recipients if self._takes(smtp, address)]
-            lines = [self._mail_from(smtp, job), *recipients, "DATA"]
-            _socket(smtp).sendall("".join(f"{line}\r\n" for line in lines).encode())
+            lines = "".join(f"{line}\r\n" for line in (self._mail_from(smtp, job), *recipients, "DATA"))
+            if lines.count("\r") + lines.count("\n") != 2 * (len(recipients) + 2):
+                # As smtplib does: no address becomes a command.
+                raise ValueError("the envelope has the end of a line in an address")
+            _socket(smtp).sendall(lines.encode())
             self._asked = True
         return self._command(smtp, self._mail_from(smtp, job))
 

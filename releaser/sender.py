@@ -1,5 +1,6 @@
 """The senders in a process of their own: talking to the MTA takes no time from the engine, nor waits for it."""
 
+import gc
 import os
 import pickle
 import queue
@@ -125,6 +126,8 @@ def _work(parent: socket.socket, url: str) -> None:
             signal.signal(number, signal.SIG_IGN)
         os.closerange(3, parent.fileno())
         os.closerange(parent.fileno() + 1, DESCRIPTORS)
+        # Nothing that the parent had may be collected here, and close a descriptor that is another file's by then.
+        gc.freeze()
         # None is behind the last.
         results: queue.SimpleQueue[Any] = queue.SimpleQueue()
         senders = Senders(url, lambda: None, results)

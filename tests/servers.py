@@ -516,11 +516,19 @@ def always_yes(_command: bytes) -> bytes | None:
 class Scripted:
     """A mail server that answers every command, and the final dot as b".", as `answer` says; it greets as `greet` says.
 
-    What it answers with 2xx, or not at all, at the final dot it has taken.
+    What it answers with 2xx, or not at all, at the final dot it has taken. With `pipelining` it offers that, and refuses what is
+    behind a refused command without being asked.
     """
 
-    def __init__(self, answer: Answer = always_yes, greet: Callable[[], bytes | None] = lambda: YES, port: int = 0) -> None:
+    def __init__(
+        self,
+        answer: Answer = always_yes,
+        greet: Callable[[], bytes | None] = lambda: YES,
+        port: int = 0,
+        pipelining: bool = False,
+    ) -> None:
         self.answer, self.greet = answer, greet
+        self.pipelining = pipelining
         self.messages: list[Message] = []
         self.commands: list[bytes] = []
         self.connections = 0
@@ -572,7 +580,7 @@ class Scripted:
 
     def _serve(self, connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sender, recipients = "", list[str]()
+        sender, recipients, begun = "", list[str](), False
         with connection, connection.makefile("rb") as lines:
             try:
                 greeting = self.greet()
@@ -580,12 +588,13 @@ class Scripted:
                     return
                 while line := lines.readline().strip():
                     self.commands.append(line)
-                    reply = self.answer(line)
+                    early = self.pipelining and not (recipients if line == b"DATA" else begun or line[:4] != b"RCPT")
+                    reply = b"503 5.5.1 not yet" if early else self.answer(line)
                     usual = b"250 ok"
-                    if line.startswith(b"EHLO"):
-                        usual = b"250-test\r\n250 8BITMIME"
+                    if line.startswith(b"ehlo"):
+                        usual = b"250-test\r\n" + b"250-PIPELINING\r\n" * self.pipelining + b"250 8BITMIME"
                     elif line.startswith(b"MAIL FROM:"):
-                        sender, recipients = _split_path(line.decode().partition(":")[2])[0], []
+                        sender, recipients, begun = _split_path(line.decode().partition(":")[2])[0], [], reply is YES
                     elif line.startswith(b"RCPT TO:") and reply is YES:
                         recipients.append(_split_path(line.decode().partition(":")[2])[0])
                     elif line == b"DATA" and reply is YES:

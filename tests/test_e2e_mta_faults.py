@@ -6,14 +6,18 @@ where nobody can know), and nothing is left in the spool that should not be.
 
 from __future__ import annotations
 
+import io
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 from host import Host, smtp, subject, text
-from servers import END, HANG_UP, YES, Postfix, Scripted, Sink
+from servers import END, HANG_UP, HOST, YES, Postfix, Scripted, Sink
+
+from releaser.mta import Job, Kind, SmtpSession
 
 pytestmark = pytest.mark.server
 
@@ -68,11 +72,12 @@ class OfTheSender:
         return {**TROUBLES, **REFUSALS, **YES_TO_DATA}.get(trouble)
 
 
-def test_mta_fails_at_each_command() -> None:
+@pytest.mark.parametrize("pipelining", [False, True], ids=["one-by-one", "pipelining"])
+def test_mta_fails_at_each_command(pipelining: bool) -> None:
     """A refusal, a hang-up, 421 and half, long or odd replies at any command cost a message time, and no other its way."""
     every = [(phase, trouble) for phase in PHASES for trouble in (*TROUBLES, *REFUSALS)] + [("DATA", "yes")]
     # One vhost has one message with the MTA at a time, so that the server knows whose command it answers.
-    with Scripted(OfTheSender()) as server, site(server) as host:
+    with Scripted(OfTheSender(), pipelining=pipelining) as server, site(server) as host:
         for phase, trouble in every:
             message = text(*(f"{name}-{phase}-{trouble}@x.example" for name in ("one", "two")))
             host.send(A, "-t", f"-fuser@{phase}.{trouble}.example", message=message)
@@ -91,6 +96,27 @@ def test_mta_fails_at_each_command() -> None:
             assert {row["recipient"].partition("@")[0] for row in host.rows("retried")} == unclear
             assert {name for name, times in got.items() if times > 1} <= unclear and max(got.values()) == 2
             assert host.is_running()
+
+
+def test_mta_that_offers_pipelining_no_more() -> None:
+    """What a session is asked is what this one offers, not what the one before it did, which the server has ended."""
+    greeted: list[bytes] = []
+
+    def answer(command: bytes) -> bytes | None:
+        if command.startswith(b"ehlo"):
+            greeted.append(command)
+            return YES if len(greeted) == 1 else b"502 5.5.1 no such command"
+        # The first session takes one message, and ends at the second.
+        return HANG_UP if len(greeted) == 1 and command.startswith(b"MAIL") and server.messages else YES
+
+    with Scripted(answer, pipelining=True) as server:
+        session = SmtpSession(HOST, server.port, lambda size: None)
+        for recipient in ("one@x.example", "two@x.example"):
+            (outcome,) = session.send(Job("id", "user@x.example", (recipient,), partial(io.BytesIO, b"text\n"), 5, True))
+            assert outcome.kind is Kind.SENT
+        session.close()
+        assert sorted(server.copies) == ["one@x.example", "two@x.example"]
+        assert server.count(b"helo") == 1
 
 
 def test_mta_fails_at_banner_and_ehlo() -> None:
