@@ -302,8 +302,10 @@ def test_spool_customer_in_a_directory_that_was_put_aside(system: System) -> Non
     code = """
 os.mkdir("new/open")
 os.chmod("new/open", 0o777)
+# Before it is rung for, or it may be gone.
+inside = os.open("new/open", os.O_RDONLY)
 ring()
-os.chdir("new/open")
+os.fchdir(inside)
 print("there")
 sys.stdin.readline()
 seen = []

@@ -76,6 +76,6 @@ def test_torn_line_is_no_success(tmp_path: Path) -> None:
 
 def test_words_of_the_original() -> None:
     """The line that administrators' scripts look for."""
-    line = errorlog.collected(1146488042, 656, 168 * 3600)
+    line = errorlog.collected(1146488042, "656 rows", 168 * 3600)
     assert line.endswith("] [secure-sendmail] GC was run (656 rows older than 168 hours deleted)")
     assert line.startswith("[Mon May  1 ")
