@@ -50,6 +50,7 @@ install:
 	for file in config/schema*.sql; do put 0644 $$file "$(INSTALLED).new/$$file"; done; \
 	$(PYTHON) -I -m compileall -q --invalidation-mode unchecked-hash \
 		-s "$(INSTALLED).new" -p "$(LIBRARY)" "$(INSTALLED).new"; \
+	$(PYTHON) -I -X no_debug_ranges "$(INSTALLED).new/enqueue/bundle.py" "$(LIBRARY)"; \
 	[ ! -e "$(INSTALLED)" ] || mv -T "$(INSTALLED)" "$(INSTALLED).old"; \
 	mv -T "$(INSTALLED).new" "$(INSTALLED)"; rm -rf "$(INSTALLED).old"; \
 	put 0755 enqueue/secure-sendmail-enqueue.in "$(DESTDIR)$(PREFIX)/bin/secure-sendmail-enqueue"; \

@@ -112,6 +112,7 @@ def installed(directory: Path) -> Path:
     shutil.copytree(ROOT / "enqueue", library / "enqueue", ignore=shutil.ignore_patterns("__pycache__"))
     compile_it = [PYTHON, "-I", "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", str(library)]
     subprocess.run(compile_it, check=True)
+    subprocess.run([PYTHON, "-I", "-X", "no_debug_ranges", library / "enqueue/bundle.py", library], check=True)
     script = (ROOT / "enqueue/secure-sendmail-enqueue.in").read_text()
     program = directory / "secure-sendmail-enqueue"
     program.write_text(script.replace("@PYTHON@", PYTHON).replace("@LIBRARY@", str(library)))

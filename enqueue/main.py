@@ -239,7 +239,7 @@ def encoded(word: str) -> bytes:
 def _one_line(value: bytes) -> bytes:
     """VALUE as an envelope value: UTF-8, no control characters, at most 1,000 bytes."""
     text = value[:1000].decode("utf-8", "replace")
-    return "".join(c if c.isprintable() else "?" for c in text).encode()
+    return (text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)).encode()
 
 
 def _read() -> bytes:

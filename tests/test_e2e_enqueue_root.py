@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import tempfile
@@ -150,3 +151,42 @@ def test_enqueue_as_another_user_behind_an_open_gate(host: Host, stranger: Path)
     (name,) = host.ls()
     assert name.startswith(f"vhosts/{VHOST}/new/")
     assert (host.spool / name).stat().st_uid == int(STRANGER)
+
+
+@pytest.fixture
+def bundled(stranger: Path) -> Path:
+    """The shipped script with the file that `make install` makes of all modules."""
+    library = stranger.parent
+    subprocess.run(["/usr/bin/python3", "-I", "-X", "no_debug_ranges", library / "enqueue/bundle.py", library], check=True)
+    return next(library.glob("enqueue/__pycache__/bundle.cpython-*[0-9]"))
+
+
+def run_as_root(bundled: Path, host: Host) -> subprocess.CompletedProcess[bytes]:
+    script = bundled.parents[2] / "secure-sendmail-enqueue"
+    words = ["/usr/bin/python3", "-IS", script, "--spool", host.spool, VHOST, "-t"]
+    return subprocess.run(words, input=text("one@x.example"), capture_output=True, timeout=60)
+
+
+def test_enqueue_starts_from_one_file(host: Host, bundled: Path) -> None:
+    """What `make install` makes of all modules is all that is needed; without it the modules are."""
+    modules = bundled.parents[1]
+    aside = modules.with_name("aside")
+    aside.mkdir()
+    for module in modules.glob("*.py"):
+        module.rename(aside / module.name)
+    run = run_as_root(bundled, host)
+    assert (run.returncode, run.stderr) == (0, b"") and len(host.ls()) == 1
+    # As after an upgrade of the interpreter.
+    bundled.rename(bundled.with_suffix(".cpython-399"))
+    assert run_as_root(bundled, host).returncode == CONFIG
+    for module in aside.iterdir():
+        module.rename(modules / module.name)
+    assert run_as_root(bundled, host).returncode == 0 and len(host.ls()) == 2
+
+
+def test_enqueue_with_a_broken_file_says_so(host: Host, bundled: Path) -> None:
+    """A half of it is no installation: 78, and nothing is left behind."""
+    os.truncate(bundled, 1000)
+    run = run_as_root(bundled, host)
+    assert run.returncode == CONFIG and run.stderr.startswith(b"secure-sendmail-enqueue: not installed correctly: ")
+    assert host.ls() == []
