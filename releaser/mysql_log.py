@@ -38,8 +38,9 @@ CONNECT_TIMEOUT, REPLY_TIMEOUT, POLL, BACKOFF, COLLECTION = 5, 30, 1, (1, 60), 3
 LOCK_TIMEOUT = 20
 # Seconds between two lines of one kind that say what is wrong, and between two looks at how much waits.
 COMPLAINT = 60
-# Rows that garbage collection deletes in one statement, and the seconds it rests behind each.
-COLLECTED_ROWS, COLLECTION_REST = 500, 0.05
+# Rows that garbage collection deletes in one statement, and the seconds it rests behind each, at least and at most: as long as
+# that took, since the server still has to write to its disk what each row had in every index.
+COLLECTED_ROWS, COLLECTION_REST, LONGEST_REST = 200, 0.03, 1
 # Rows of which the bytes are added up together, and those that outbox_max makes few of in one transaction.
 COUNTED_ROWS, SUMMARISED_ROWS = 1000, 500
 # So often the connection is lost at one row alone before that counts as MySQL's answer to its content.
@@ -552,9 +553,11 @@ def delete(book: Ledger, connection: Any, node: str, before: str) -> Iterator[in
         kept = book.unfinished([row[1] for row in found])
         old = [int(row[0]) for row in found if row[1] not in kept]
         if old:
-            places = ", ".join(["%s"] * len(old))
-            yield _do(connection, f"DELETE FROM mail_log WHERE node = %s AND seq IN ({places})", node, *old)
-            time.sleep(COLLECTION_REST)
+            places, began = ", ".join(["%s"] * len(old)), time.monotonic()
+            gone = _do(connection, f"DELETE FROM mail_log WHERE node = %s AND seq IN ({places})", node, *old)
+            took = time.monotonic() - began
+            yield gone
+            time.sleep(min(max(took, COLLECTION_REST), LONGEST_REST))
         else:
             yield 0
 
