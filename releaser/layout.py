@@ -1,7 +1,6 @@
 """The spool's directories, names and timers, as spool_layout.md documents them."""
 
 import os
-import random
 import re
 import time
 from functools import lru_cache
@@ -71,7 +70,7 @@ _VHOST = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*\Z")
 
 def new_queue_id() -> str:
     """A queue id: microseconds since 1970 and 12 random bits, in 17 upper-case hexadecimal digits; sorts by time."""
-    return f"{time.time_ns() // 1000:014X}{random.getrandbits(12):03X}"
+    return f"{time.time_ns() // 1000:014X}{os.urandom(2).hex()[:3].upper()}"
 
 
 def is_queue_id(text: str) -> bool:

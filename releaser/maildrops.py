@@ -2,9 +2,7 @@
 
 import errno
 import os
-import queue
 import random
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Container, Iterator
@@ -22,8 +20,6 @@ LISTED, LEFT = 10_000, 1_000
 LOOKED_THROUGH = 100_000
 # So many that were left are named in the daemon's log, of each maildrop.
 NAMED = 100
-# So many descriptors of files that have been removed may still be open.
-CLOSING = 100
 # Seconds between two looks for leftovers in tmp/, and those that one scan goes on with it.
 CLEANING, CLEANING_SECONDS = 3600, 0.1
 
@@ -67,9 +63,6 @@ class Maildrops:
         # Taken up and not yet removed from new/: never listed again, or they would be decided twice.
         self._taken: set[tuple[str, bytes]] = set()
         self._next_cleaning = 0.0
-        # The last close of a file that has been unlinked frees its blocks, which takes a fifth of all time, and needs no waiting.
-        self._closing: queue.SimpleQueue[pickup.Submitted] = queue.SimpleQueue()
-        threading.Thread(target=self._close, name="closer", daemon=True).start()
         # What is left of the look that was begun last.
         self._cleaning: Iterator[None] = iter(())
         # Whether the last policy could not be written for want of room.
@@ -206,16 +199,6 @@ class Maildrops:
         """The file in new/ that ROW was read from."""
         return f"{layout.maildrop(self._spool, row.maildrop)}/new/{row.source}"
 
-    def _close_later(self, original: pickup.Submitted) -> None:
-        if self._closing.qsize() < CLOSING:
-            self._closing.put(original)
-        else:
-            original.close()
-
-    def _close(self) -> None:
-        while True:
-            self._closing.get().close()
-
     def remove(self, row: Row, original: pickup.Submitted) -> None:
         """Unlink new/NAME, if it is still the file that was read; durable outcomes make doing it again harmless."""
         if row.source is None:
@@ -234,7 +217,7 @@ class Maildrops:
             LOG.error(maillog.left(row.maildrop, row.source, f"cannot be removed: {error.strerror}"))
             return
         finally:
-            self._close_later(original)
+            original.close()
         self.known.pop(key, None)
         self._taken.discard((row.maildrop, row.source.encode()))
         drop = self._drops.get(row.maildrop)

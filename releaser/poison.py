@@ -3,7 +3,6 @@
 From new/ into corrupt/, from active/ into hold/. What the MTA has said of them is in the log all the same.
 """
 
-import mmap
 import os
 
 from releaser.ledger import Ledger
@@ -29,10 +28,8 @@ class InHand:
         self._failures = book.poison()
         self._fd = os.open(f"{state}/{FILE}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         maildrop, _, name = os.read(self._fd, SIZE).rstrip(b"\0").partition(b"/")
-        # Before it is counted: better once too seldom than twice. These bytes are then written to as memory, with which the
-        # system goes on when we have ended.
+        # Before it is counted: better once too seldom than twice.
         os.pwrite(self._fd, bytes(SIZE), 0)
-        self._page = mmap.mmap(self._fd, SIZE)
         if name:
             with book.transaction():
                 book.put_poison(maildrop.decode(), name, self.failed(maildrop.decode(), name))
@@ -42,12 +39,16 @@ class InHand:
         return self._failures.get((maildrop, name), 0) < ATTEMPTS
 
     def begin(self, maildrop: str, name: bytes) -> None:
-        """It is in hand."""
-        self._page[:] = (maildrop.encode() + b"/" + name).ljust(SIZE, b"\0")
+        """It is in hand. Raises OSError."""
+        os.pwrite(self._fd, (maildrop.encode() + b"/" + name).ljust(SIZE, b"\0"), 0)
 
     def done(self) -> None:
         """Nothing is in hand."""
-        self._page[:] = bytes(SIZE)
+        try:
+            os.pwrite(self._fd, bytes(SIZE), 0)
+        except OSError:
+            # Should the daemon be ended before the next message, this one is counted once too often.
+            pass
 
     def failed(self, maildrop: str, name: bytes) -> int:
         """Count a failure at this message; how many it has had, which the ledger is to be told."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 
 from releaser import (
     envelope,
@@ -117,8 +117,6 @@ class Releaser:
     def scan(self) -> None:
         """Look at everything, whether or not a bell was heard."""
         self._next_scan = self._now() + layout.SCAN_INTERVAL
-        # Users come and go.
-        _login.cache_clear()
         with self._as_far_as_there_is_room():
             self._scan()
 
@@ -747,7 +745,6 @@ def _comparable(address: str) -> tuple[str, str]:
     return local, domain.lower()
 
 
-@lru_cache(1000)
 def _login(uid: int) -> str:
     """The envelope sender where neither caller nor configuration gives one, as every sendmail command makes it."""
     try:
