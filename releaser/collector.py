@@ -65,7 +65,7 @@ class Collector:
         if gone:
             LOG.info(maillog.collected("the ledger", gone, keep))
             if not shipped:
-                self._tell(errorlog.collected(time.time(), f"{gone} rows", keep))
+                self._tell(f"{gone} rows", keep)
 
     def _collect_messages(self) -> Iterator[None]:
         keep = max(self.config.keep_ledger, self.config.longest, LEAST)
@@ -96,12 +96,8 @@ class Collector:
             if position is not None:
                 yield
         if gone:
-            self._tell(errorlog.collected(time.time(), f"{gone} messages in {queue}/", keep))
+            self._tell(f"{gone} messages in {queue}/", keep)
 
-    def _tell(self, line: str) -> None:
-        if self.config.error_log is None:
-            return
-        try:
-            errorlog.append(self.config.error_log, line, (self.config.spool, self.config.state))
-        except errorlog.NotWritten as error:
-            LOG.error(maillog.error_log_not_written(str(error)))
+    def _tell(self, what: str, keep: int) -> None:
+        line = errorlog.collected(time.time(), what, keep)
+        errorlog.tell(self.config.error_log, line, (self.config.spool, self.config.state))

@@ -4,7 +4,9 @@ import os
 import stat
 import time
 
+from releaser import maillog
 from releaser.limits import Limit
+from releaser.maillog import LOG
 
 PREFIX = "[secure-sendmail]"
 
@@ -54,6 +56,15 @@ def append(path: str, line: str, not_inside: tuple[str, ...]) -> None:
         os.close(fd)
     if written < len(data):
         raise NotWritten(f"{path}: there was room for a part of the line only")
+
+
+def tell(path: str | None, line: str, not_inside: tuple[str, ...]) -> None:
+    """append(), where PATH is configured; that it could not be written is said in the daemon's own log."""
+    try:
+        if path is not None:
+            append(path, line, not_inside)
+    except NotWritten as error:
+        LOG.error(maillog.error_log_not_written(str(error)))
 
 
 def problem(path: str, not_inside: tuple[str, ...]) -> str | None:

@@ -527,11 +527,7 @@ def collect(
     if deleted:
         line = errorlog.collected(time.time(), f"{deleted} rows", retention)
         LOG.info(line)
-        if error_log:
-            try:
-                errorlog.append(error_log, line, not_inside)
-            except errorlog.NotWritten as error:
-                LOG.error(maillog.error_log_not_written(str(error)))
+        errorlog.tell(error_log, line, not_inside)
 
 
 def delete(book: Ledger, connection: Any, node: str, before: str) -> Iterator[int]:

@@ -446,14 +446,14 @@ class Releaser:
         if known is not None:
             self._replaced(batch, known)
         row = self._new_row(submitted)
-        if self.config.journal_addresses:
-            LOG.info(maillog.addresses(row.queue_id, row.sender, row.remaining))
         self._let_in(row)
         settings = self._settings(row.vhost)
         reason, excess = self._verdict(submitted, row)
         held = bool(reason) and not (excess and settings.over_limit == "observe")
         if held and row.maildrop in self._handover.busy:
             raise InTurn(row.vhost)
+        if self.config.journal_addresses:
+            LOG.info(maillog.addresses(row.queue_id, row.sender, row.remaining))
         if held:
             self._hold(batch, row, submitted, reason)
         if excess is not None:

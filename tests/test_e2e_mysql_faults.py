@@ -18,24 +18,24 @@ from host import Host, text
 from mariadb import PASSWORD, MariaDB
 from mysql_proxy import Proxy
 from servers import HOST, free_port
-from test_e2e_mysql_outage import logging_to, make_tables, password, rows_of, server
+from test_e2e_mysql_outage import VHOST, logging, logging_to, make_tables, password, rows_of, server
 from test_e2e_room import fill, small
 
-__all__ = ["password", "server"]
+__all__ = ["logging", "password", "server"]
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 
-VHOST = "www.a.example"
 GREEK = "Γειά \U0001f600"
 
 
 @pytest.fixture
-def logging(server: MariaDB, password: Path) -> Iterator[Host]:
-    """An installation that logs to that server, tables made, with a vhost; the releaser is not started."""
-    with Host(extra=logging_to(server, password)) as host:
+def proxied(server: MariaDB, password: Path) -> Iterator[tuple[Host, Proxy]]:
+    """The same with a proxy on the way."""
+    with Proxy(server.port) as proxy, Host() as host:
+        host.configure(extra=logging_to(server, password).replace(str(server.port), str(proxy.port)))
         make_tables(host, password)
         host.add(VHOST)
-        yield host
+        yield host, proxy
 
 
 def shipped(host: Host, rows: int) -> None:
@@ -112,35 +112,29 @@ def test_row_larger_than_max_allowed_packet(logging: Host, server: MariaDB) -> N
     assert len(re.findall("log row 2 for its content, shipped without its text", logging.log())) == 1
 
 
-def test_row_at_which_the_connection_is_lost(server: MariaDB, password: Path) -> None:
+def test_row_at_which_the_connection_is_lost(server: MariaDB, proxied: tuple[Host, Proxy]) -> None:
     """What is between closes the connection without a word, each time: halved, then set aside, and the rest goes through."""
-    with Proxy(server.port) as proxy, Host() as host:
-        host.configure(extra=logging_to(server, password).replace(str(server.port), str(proxy.port)))
-        make_tables(host, password)
-        host.add(VHOST)
-        proxy.longest = 1300
-        for number in range(20):
-            host.send(VHOST, message=greek(900) if number == 7 else text("a@x.example", subject=f"mail {number}"))
-        with host.running():
-            shipped(host, 20)
-        assert server.rows("subject") == [("",) if number == 7 else (f"mail {number}",) for number in range(20)]
-        assert host.log().count("for its content") == 1
+    host, proxy = proxied
+    proxy.longest = 1300
+    for number in range(20):
+        host.send(VHOST, message=greek(900) if number == 7 else text("a@x.example", subject=f"mail {number}"))
+    with host.running():
+        shipped(host, 20)
+    assert server.rows("subject") == [("",) if number == 7 else (f"mail {number}",) for number in range(20)]
+    assert host.log().count("for its content") == 1
 
 
-def test_answers_that_are_lost(server: MariaDB, password: Path) -> None:
+def test_answers_that_are_lost(server: MariaDB, proxied: tuple[Host, Proxy]) -> None:
     """Each INSERT is carried out, and the first ten answers never come: every row is there once."""
-    with Proxy(server.port) as proxy, Host() as host:
-        host.configure(extra=logging_to(server, password).replace(str(server.port), str(proxy.port)))
-        make_tables(host, password)
-        host.add(VHOST)
-        proxy.lose = 10
-        with host.running():
-            for number in range(10):
-                host.send(VHOST, message=text("a@x.example", subject=f"mail {number}"))
-                host.wait(lambda: len(server.rows()) == number + 1, "it is in MySQL")  # noqa: B023
-            shipped(host, 10)
-        assert proxy.lose == 0
-        assert rows_of(server) == host.rows()
+    host, proxy = proxied
+    proxy.lose = 10
+    with host.running():
+        for number in range(10):
+            host.send(VHOST, message=text("a@x.example", subject=f"mail {number}"))
+            host.wait(lambda: len(server.rows()) == number + 1, "it is in MySQL")  # noqa: B023
+        shipped(host, 10)
+    assert proxy.lose == 0
+    assert rows_of(server) == host.rows()
 
 
 @pytest.mark.parametrize("kept", ["disk", "table"])

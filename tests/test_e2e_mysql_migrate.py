@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from host import Host, text
 from mariadb import MariaDB
-from test_e2e_mysql_outage import logging_to, make_tables, password, rows_of, server
+from test_e2e_mysql_outage import VHOST, logging, logging_to, password, rows_of, server
 from test_mysql_dialect import version_1
 
-__all__ = ["password", "server"]
+__all__ = ["logging", "password", "server"]
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
-
-VHOST = "www.a.example"
-
-
-@pytest.fixture
-def logging(server: MariaDB, password: Path) -> Iterator[Host]:
-    with Host(extra=logging_to(server, password)) as host:
-        make_tables(host, password)
-        host.add(VHOST)
-        yield host
 
 
 def table(server: MariaDB) -> object:

@@ -14,22 +14,13 @@ from pathlib import Path
 import pytest
 from host import Host, text
 from mariadb import MariaDB
-from test_e2e_mysql_outage import logging_to, make_tables, password, server
+from test_e2e_mysql_outage import VHOST, logging, password, server
 
-__all__ = ["password", "server"]
+__all__ = ["logging", "password", "server"]
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 
-VHOST = "www.a.example"
 ANOTHER_MACHINE = "0123456789abcdef0123456789abcdef"
-
-
-@pytest.fixture
-def logging(server: MariaDB, password: Path) -> Iterator[Host]:
-    with Host(extra=logging_to(server, password)) as host:
-        make_tables(host, password)
-        host.add(VHOST)
-        yield host
 
 
 def send(host: Host, *names: str) -> None:

@@ -18,6 +18,7 @@ from releaser.ledger import LOG_COLUMNS
 
 pytestmark = pytest.mark.server
 
+VHOST = "www.a.example"
 VHOSTS = [f"www.v{number:02}.example" for number in range(20)]
 EACH = 10
 LIMIT = 7
@@ -46,6 +47,15 @@ def logging_to(server: MariaDB, password: Path, more: str = "") -> str:
 
 def make_tables(host: Host, password: Path) -> None:
     host.cli("log", "init", "--user", "creator", "--password-file", str(password))
+
+
+@pytest.fixture
+def logging(server: MariaDB, password: Path) -> Iterator[Host]:
+    """An installation that logs to that server, tables made, with a vhost; the releaser is not started."""
+    with Host(extra=logging_to(server, password)) as host:
+        make_tables(host, password)
+        host.add(VHOST)
+        yield host
 
 
 def rows_of(server: MariaDB) -> list[dict[str, object]]:

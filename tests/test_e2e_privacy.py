@@ -143,3 +143,14 @@ def test_addresses_in_the_journal(host: Host, server: MariaDB, journal: str) -> 
         f"<root@{os.uname().nodename}> to=<{WHO}>,<other@x.example>", f"<root@{os.uname().nodename}> to=<refused@x.example>",
         f"<root@{os.uname().nodename}> to=<{WHO}>",
     ]  # fmt: skip
+
+
+def test_addresses_in_the_journal_are_those_of_what_is_logged(host: Host) -> None:
+    """Also where a message is looked at twice, since it is held only when what is before it is out: one line, one queue id."""
+    host.configure(default=["1/1h"], extra=host.section + '[log]\njournal = "addresses"\n')  # type: ignore[attr-defined]
+    for _ in range(3):
+        host.send(VHOST, message=text(WHO))
+    with host.running():
+        host.wait(lambda: len(host.rows("released", "held")) == 3, "all are decided")
+    named = [line.partition("INFO: ")[2].partition(":")[0] for line in host.log().splitlines() if "from=" in line]
+    assert sorted(named) == sorted(row["queue_id"] for row in host.rows("released", "held"))

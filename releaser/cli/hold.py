@@ -143,7 +143,7 @@ def _decide(context: Context, decision: str, chosen: Filters, failed: bool, why:
     if rows and not dry_run:
         # Mail named one by one and sent on needs no second word; a selection, and anything removed, does.
         if decision == "delete" or chosen.given or chosen.everything:
-            _confirm(decision, yes)
+            output.confirm(f"hold {decision}", f"{decision}?", yes)
         done = context.ledger.decide(decision, [row.queue_id for row in rows], identity.actor(), why)
         ring(context.spool)
         taken = {row.queue_id for row in rows} - set(done)
@@ -153,14 +153,6 @@ def _decide(context: Context, decision: str, chosen: Filters, failed: bool, why:
         _follow(context, decision, done)
     if refused:
         raise click.exceptions.Exit(1)
-
-
-def _confirm(decision: str, yes: bool) -> None:
-    if yes:
-        return
-    if not sys.stdin.isatty():
-        raise click.UsageError(f"without a terminal, this hold {decision} needs --yes")
-    click.confirm(f"{decision}?", abort=True)
 
 
 def _follow(context: Context, decision: str, queue_ids: list[str]) -> None:

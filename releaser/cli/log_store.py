@@ -1,8 +1,8 @@
 """secure-sendmail log init, migrate, gc, forget: the tables in MySQL, and what is taken out of the log."""
 
-import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,10 +106,7 @@ def log_forget(context: Context, address: str, yes: bool) -> None:
     """
     if "@" not in address:
         raise click.UsageError(f"{address[:80]!r} is not an address")
-    if not yes:
-        if not sys.stdin.isatty():
-            raise click.UsageError("without a terminal, this log forget needs --yes")
-        click.confirm(f"forget {address} in the log?", abort=True)
+    output.confirm("log forget", f"forget {address} in the log?", yes)
     book, server = context.ledger, context.config.mysql
     count = book.forget(address)
     if server is not None:
@@ -145,19 +142,15 @@ def log_gc(context: Context, node: str, until: float | None, dry_run: bool, yes:
     if node == book.node and until is None:
         raise Failed(f"{node} is this host's own node; say with --until which of its rows, such as --until 30d")
     try:
-        retired = Retired(server, book, node, utc(until) if until is not None else LAST)
-        if not retired.rows:
-            output.say(f"{server.database} has no such rows of node {node}")
-            return
-        output.say(f"{retired.rows} rows of node {node}, host {retired.host}, the last of {retired.last[:19]}Z")
-        if dry_run:
-            return
-        if not yes:
-            if not sys.stdin.isatty():
-                raise click.UsageError("without a terminal, this log gc needs --yes")
-            click.confirm("delete?", abort=True)
-        output.say(f"{sum(retired.delete())} rows deleted")
-        retired.close()
+        with closing(Retired(server, book, node, utc(until) if until is not None else LAST)) as retired:
+            if not retired.rows:
+                output.say(f"{server.database} has no such rows of node {node}")
+                return
+            output.say(f"{retired.rows} rows of node {node}, host {retired.host}, the last of {retired.last[:19]}Z")
+            if dry_run:
+                return
+            output.confirm("log gc", "delete?", yes)
+            output.say(f"{sum(retired.delete())} rows deleted")
     except LogError as error:
         raise Failed(f"{server.database}: {error}") from None
 

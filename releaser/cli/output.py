@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -20,6 +21,15 @@ def console(target: io.StringIO) -> Console:
     # Without a terminal nothing may be cut to its width.
     width = None if terminal else 250
     return Console(file=target, force_terminal=terminal, markup=False, highlight=False, emoji=False, width=width)
+
+
+def confirm(verb: str, question: str, yes: bool) -> None:
+    """Let a person answer QUESTION, unless YES is given; who says no ends the command. Raises click.UsageError without one."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise click.UsageError(f"without a terminal, this {verb} needs --yes")
+    click.confirm(question, abort=True)
 
 
 # So many rows can be made ready before anybody notices that he waits.

@@ -172,10 +172,7 @@ def remove(context: Context, name: str, keep_mail: bool, delete_mail: bool, dry_
         output.say(f"remove: the maildrop of {name}" + (f" ({what})" if what else ""))
         if dry_run:
             return
-        if not yes:
-            if not sys.stdin.isatty():
-                raise click.UsageError("without a terminal, this vhost remove needs --yes")
-            click.confirm("remove?", abort=True)
+        output.confirm("vhost remove", "remove?", yes)
         if not there:
             # A remove that was interrupted is done again: the directory is the last that goes.
             spool.rename_maildrop(aside, name)
