@@ -163,7 +163,7 @@ class Daemon:
                 return
             if pause > 0 and not self._stopping:
                 interval = layout.SCAN_INTERVAL if self._watch is not None else LOOK_INTERVAL
-                self._wake.wait(min(pause, interval, self._notify.interval))
+                self._wake.wait(min(pause, interval, self._notify.interval), releaser.descriptors)
 
     def _check(self, releaser: Releaser) -> None:
         """Load the configuration again where it has changed, and see that the watch lives."""

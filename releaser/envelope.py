@@ -18,6 +18,9 @@ SUBMITTED = (
 )  # fmt: skip
 VERIFIED = ("Queue-Id", "Source", "Owner", "Picked-Up", "Held", "Reason", "Verified", "Failed")
 MANY = ("Recipient", "Failed")
+# What the fields of Envelope are called, by line: all that can be told, and of these what a caller can claim.
+_ATTRIBUTES = {key: key.lower().replace("-", "_") for key in (*SUBMITTED[1:], *VERIFIED)}
+_CLAIMED = SUBMITTED[1:]
 
 _WIDE = r"\u00a0-\ud7ff\ue000-\U0010ffff"
 _ATEXT = rf"[A-Za-z0-9!#$%&'*+/=?^_`{{|}}~{_WIDE}-]"
@@ -88,7 +91,7 @@ class Envelope:
             lines.append(("Sender", self.sender))
         lines += [("Recipient", recipient) for recipient in self.recipients]
         for key in (*SUBMITTED[4:], *VERIFIED[:-1]):
-            value = getattr(self, _attribute(key))
+            value = getattr(self, _ATTRIBUTES[key])
             if value:
                 lines.append((key, value))
         lines += [("Failed", words) for words in self.failed]
@@ -110,13 +113,15 @@ def parse(text: bytes, verified: bool) -> Envelope:
     version = int(first[1])
     if version > layout.LAYOUT:
         raise NewerLayout(f"layout {version} is newer than {layout.LAYOUT}, which this program reads")
-    known = SUBMITTED[1:] + (VERIFIED if verified else ())
+    known = _ATTRIBUTES if verified else _CLAIMED
+    # Nearly always none has what cannot be printed, and then none has a control character.
+    printable = "".join(lines).isprintable()
     values: dict[str, list[str]] = {}
     for line in lines[1:]:
         key, colon, value = line.partition(": ")
         if not colon or key not in known:
             raise NoLayout(f"unknown envelope line {line[:60]!r}")
-        if one_line(value) != value:
+        if not printable and one_line(value) != value:
             raise NoLayout(f"a control character in the envelope line {key}")
         if key in values and key not in MANY:
             raise NoLayout(f"the envelope line {key} stands there twice")
@@ -124,7 +129,7 @@ def parse(text: bytes, verified: bool) -> Envelope:
     sender = values.pop("Sender", [None])[0]
     recipients = values.pop("Recipient", [])
     failed = values.pop("Failed", [])
-    single = {_attribute(key): value[0][:MAX_CLAIM] for key, value in values.items()}
+    single = {_ATTRIBUTES[key]: value[0][:MAX_CLAIM] for key, value in values.items()}
     vhost = single.pop("vhost", "")
     if not layout.is_vhost(vhost):
         raise NoLayout("no valid vhost in the envelope")
@@ -168,7 +173,3 @@ def one_line(value: str) -> str:
     if value.isprintable():
         return value
     return "".join("?" if c < " " or "\x7f" <= c <= "\x9f" else c for c in value)
-
-
-def _attribute(key: str) -> str:
-    return key.lower().replace("-", "_")

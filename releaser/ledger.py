@@ -275,7 +275,11 @@ class Row:
 
 _COLUMNS = tuple(field.name for field in fields(Row))
 _LOGGED = [name for name in LOG_COLUMNS if name != "seq"]
-_LOG = f"INSERT INTO mail_log ({', '.join(_LOGGED)}) VALUES ({', '.join('?' * len(_LOGGED))})"
+# Another connection may give the ledger another node.
+_LOG = (
+    f"INSERT INTO mail_log ({', '.join(_LOGGED)}) "
+    f"VALUES ((SELECT value FROM meta WHERE key = 'node'), {', '.join('?' * (len(_LOGGED) - 1))})"
+)
 _VALUES = attrgetter(*_COLUMNS)
 _JSON = (_COLUMNS.index("remaining"), _COLUMNS.index("refused"))
 _PUT = (
@@ -438,7 +442,6 @@ class Ledger:
 
     def log(self, event: str, row: Row, now: float, recipients: Iterable[tuple[str, str, str]], actor: str = "") -> None:
         """A log row per recipient; RECIPIENTS are (recipient, reason, MTA queue id)."""
-        node = self.node
         recipients = list(recipients)
         most = max(TEXT_LEAST, TEXTS // max(len(recipients), 1))
         # People read these in MySQL with whatever they have.
@@ -448,7 +451,7 @@ class Ledger:
             recipient, reason, subject = self.privacy.row(recipient, visible(reason), visible(row.subject)[:most])
             written.append(
                 (
-                    node, self._host, utc(now), row.arrived_at, event, row.queue_id, message_id, row.vhost, row.uid,
+                    self._host, utc(now), row.arrived_at, event, row.queue_id, message_id, row.vhost, row.uid,
                     row.verified, row.sender, recipient, row.size, subject, script, cwd, reason, mta_queue_id,
                     visible(actor),
                 )

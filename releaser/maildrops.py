@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from releaser import layout, maillog, pickup, policy
+from releaser.freeing import Freeing
 from releaser.ledger import Row
 from releaser.maillog import LOG
 from releaser.room import LACKS
@@ -73,6 +74,7 @@ class Maildrops:
         self.known: dict[tuple[str, str], Row] = {}
         # Queue ids whose file in new/ has been removed since the ledger was told last.
         self.removed: list[str] = []
+        self._freeing = Freeing()
 
     def __len__(self) -> int:
         return len(self._drops)
@@ -217,7 +219,7 @@ class Maildrops:
             LOG.error(maillog.left(row.maildrop, row.source, f"cannot be removed: {error.strerror}"))
             return
         finally:
-            original.close()
+            self._freeing.add(original.detach())
         self.known.pop(key, None)
         self._taken.discard((row.maildrop, row.source.encode()))
         drop = self._drops.get(row.maildrop)
@@ -226,6 +228,10 @@ class Maildrops:
             self._mark(row.maildrop, drop)
         self.removed.append(row.queue_id)
         row.source = None
+
+    def free(self) -> None:
+        """Let go of the files that were removed."""
+        self._freeing.flush()
 
     def carry_over(self, old: str, new: str) -> None:
         """What is known of OLD's files is known of NEW's, which are the same files."""

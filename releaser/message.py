@@ -6,6 +6,7 @@ wrote comes out of here unchanged.
 
 import email.errors
 import email.header
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -14,7 +15,8 @@ MAX_HEADER, MAX_LINES = 2 << 20, 21_000
 # Postfix drops without a word what a field has beyond this many bytes (header_size_limit).
 MAX_FIELD = 102_400
 ALWAYS_DROPPED = frozenset((b"bcc", b"resent-bcc", b"return-path"))
-NAME_BYTES = bytes(n for n in range(33, 127) if n != 0x3A)
+# A field's name, and its colon, before which white space is allowed. No step back: a line can be two megabytes long.
+_NAME = re.compile(rb"([!-9;-~]++)[ \t]*+:")
 # Bytes of a header that are decoded at most: decoding takes time that grows with the square of its length.
 MAX_DECODED = 2000
 # Longest text kept of a header for listings and the log, in characters.
@@ -111,11 +113,11 @@ def read_header(chunks: Iterator[bytes]) -> Header:
             position = len(head)
             break
         if not (starts and head[position] in b" \t"):
-            name = _name(head[position:line_end])
+            name = _NAME.match(head, position, line_end)
             if not name:
                 break
             starts.append(position)
-            names.append(name)
+            names.append(name[1].lower())
         position = line_end
     if position == MAX_HEADER < len(data):
         raise HeaderTooLong(f"the header is longer than {MAX_HEADER} bytes")
@@ -127,15 +129,9 @@ def read_header(chunks: Iterator[bytes]) -> Header:
 def decoded(raw: bytes) -> str:
     """A header value for people to read: encoded words decoded, broken bytes replaced."""
     text = raw[:MAX_DECODED].decode("utf-8", "replace").replace("\n", "").strip()
-    try:
-        text = str(email.header.make_header(email.header.decode_header(text)))
-    except (email.errors.MessageError, ValueError, LookupError):
-        pass
+    if "=?" in text:
+        try:
+            text = str(email.header.make_header(email.header.decode_header(text)))
+        except (email.errors.MessageError, ValueError, LookupError):
+            pass
     return text.encode("utf-8", "replace").decode()
-
-
-def _name(line: bytes) -> bytes:
-    """The field name of LINE in lower case, white space before the colon allowed; empty if LINE is no field."""
-    name, colon, _ = line.partition(b":")
-    name = name.rstrip(b" \t")
-    return b"" if not colon or name.strip(NAME_BYTES) else name.lower()

@@ -371,6 +371,14 @@ class Senders:
     def flush(self) -> None:
         """Everything has been handed to the threads already."""
 
+    def collect(self) -> None:
+        """The threads pass on their results themselves."""
+
+    @property
+    def descriptors(self) -> list[int]:
+        """Nothing is to be waited for: the threads wake."""
+        return []
+
     def join(self) -> None:
         for thread in self._threads:
             thread.join()

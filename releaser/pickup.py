@@ -129,6 +129,11 @@ class Submitted:
             os.close(self._fd)
             self._fd = -1
 
+    def detach(self) -> int:
+        """The descriptor, which is the caller's from now on."""
+        fd, self._fd = self._fd, -1
+        return fd
+
     def _raw(self) -> Iterator[bytes]:
         left = self.status.st_size
         while left:

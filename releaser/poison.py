@@ -26,6 +26,7 @@ class InHand:
     def __init__(self, state: str, book: Ledger) -> None:
         """Raises OSError, sqlite3.Error."""
         self._failures = book.poison()
+        self._begun = False
         self._fd = os.open(f"{state}/{FILE}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         maildrop, _, name = os.read(self._fd, SIZE).rstrip(b"\0").partition(b"/")
         # Before it is counted: better once too seldom than twice.
@@ -39,11 +40,15 @@ class InHand:
         return self._failures.get((maildrop, name), 0) < ATTEMPTS
 
     def begin(self, maildrop: str, name: bytes) -> None:
-        """It is in hand. Raises OSError."""
+        """It is in hand, and nothing else is. Raises OSError."""
+        self._begun = True
         os.pwrite(self._fd, (maildrop.encode() + b"/" + name).ljust(SIZE, b"\0"), 0)
 
     def done(self) -> None:
-        """Nothing is in hand."""
+        """Nothing is in hand any more."""
+        if not self._begun:
+            return
+        self._begun = False
         try:
             os.pwrite(self._fd, bytes(SIZE), 0)
         except OSError:

@@ -82,6 +82,8 @@ class Releaser:
         self._incidents = Incidents(config, book, self._settings)
         self._door = Door(config, book)
         self._collector = Collector(config, book, self._door)
+        # What a uid's mail is from, as of the last scan: to look it up for each message would take a tenth of the time.
+        self._logins: dict[int, str] = {}
         # Whose mail was counted or held since their limits were looked at for the door.
         self._moved: set[Key] = set()
         self._drops = Maildrops(config.spool, self._policy)
@@ -124,6 +126,7 @@ class Releaser:
         if len(self._accounts) > MOST_ACCOUNTS:
             # Names can be made up without end. The ledger has all that they know.
             self._accounts = {}
+        self._logins = {}
         self._door.look_at_room()
         self._door.load()
         self.look()
@@ -236,6 +239,11 @@ class Releaser:
         self._ledger.privacy = replace(self._ledger.privacy, subject=config.log_subject, recipients=config.log_recipients)
 
     @property
+    def descriptors(self) -> list[int]:
+        """What can be read when there is something for step() to do, beside what WAKE was called for."""
+        return self._handover.descriptors
+
+    @property
     def vhosts(self) -> int:
         return len(self._drops)
 
@@ -306,6 +314,7 @@ class Releaser:
                 return False
             self._unwritten.pop(0)
             self._handover.senders.flush()
+            self._drops.free()
         if self._late:
             # An account that was built meanwhile knows only half of what was under way.
             self._late, self._accounts = False, {}
@@ -348,6 +357,12 @@ class Releaser:
 
     def _pick_up(self, batch: Batch) -> None:
         """Decide messages, the vhosts in turn, until the senders have enough to do or the round is full."""
+        try:
+            self._pick_up_in_turn(batch)
+        finally:
+            self._in_hand.done()
+
+    def _pick_up_in_turn(self, batch: Batch) -> None:
         until = time.monotonic() + ROUND_SECONDS
         for _ in range(ROUND):
             if time.monotonic() > until or not self._door.room:
@@ -387,8 +402,6 @@ class Releaser:
                 # One message cannot stop the mail of all others; it stays in new/, and is tried again with the next scans.
                 self._drops.leave(vhost, name, f"internal error: {error!r}", trace=True)
                 batch.put_poison(vhost, name, self._in_hand.failed(vhost, name))
-            finally:
-                self._in_hand.done()
 
     def _set_aside(self, batch: Batch, vhost: str, name: bytes) -> None:
         """S3 -> S12: our own code fails at it. Those whom it is still to be sent to are in the log."""
@@ -531,7 +544,7 @@ class Releaser:
         # In the shared maildrop the claim is all there is.
         vhost = found.vhost if submitted.maildrop == layout.UNREGISTERED else submitted.maildrop
         sender = self.config.vhost(vhost).envelope_sender(
-            vhost if submitted.maildrop == vhost else None, found.sender, partial(_login, status.st_uid)
+            vhost if submitted.maildrop == vhost else None, found.sender, partial(self._login, status.st_uid)
         )
         # A recipient named twice is one; enqueue has seen to that, but who writes into new/ need not.
         recipients = list({_comparable(address): address for address in found.recipients}.values())
@@ -676,6 +689,17 @@ class Releaser:
         batch.put(row)
         LOG.info(maillog.decided(row.queue_id, row.vhost, decision, actor))
 
+    def _login(self, uid: int) -> str:
+        """The envelope sender where neither caller nor configuration gives one, as every sendmail command makes it."""
+        found = self._logins.get(uid)
+        if found is None:
+            try:
+                user = pwd.getpwuid(uid).pw_name
+            except KeyError:
+                user = f"uid{uid}"
+            found = self._logins[uid] = f"{user}@{os.uname().nodename}"
+        return found
+
     # What the configuration says.
 
     def _settings(self, vhost: str) -> VhostSettings:
@@ -743,12 +767,3 @@ class Releaser:
 def _comparable(address: str) -> tuple[str, str]:
     local, domain = envelope.split(address)
     return local, domain.lower()
-
-
-def _login(uid: int) -> str:
-    """The envelope sender where neither caller nor configuration gives one, as every sendmail command makes it."""
-    try:
-        user = pwd.getpwuid(uid).pw_name
-    except KeyError:
-        user = f"uid{uid}"
-    return f"{user}@{os.uname().nodename}"

@@ -4,6 +4,7 @@ import gc
 import os
 import pickle
 import queue
+import select
 import signal
 import socket
 import struct
@@ -25,34 +26,40 @@ DESCRIPTORS = 1 << 20
 
 def start(url: str, wake: Callable[[], None], results: Results) -> "Senders | Process":
     """Senders for the MTA at URL: threads where these only wait for another program or the disk, else a process."""
-    return Process(url, wake, results) if url.startswith("smtp:") else Senders(url, wake, results)
+    return Process(url, results) if url.startswith("smtp:") else Senders(url, wake, results)
 
 
 class Process:
     """A child with Senders, which are used as if they were here. It has no file of ours but the messages it is given, and
-    ends with us, however we end: at once, since the other end of its socket is closed then."""
+    ends with us, however we end: at once, since the other end of its socket is closed then.
 
-    def __init__(self, url: str, wake: Callable[[], None], results: Results) -> None:
+    What it says waits in the socket for collect(): a thread that waited there would take the interpreter from the engine.
+    """
+
+    def __init__(self, url: str, results: Results) -> None:
         """As those of Senders."""
         self.url = url
         self.max_size, self.pace = 0, float("inf")
-        self._wake, self._results = wake, results
+        self._results = results
         # What is sent with the next flush(), and what was, until there is a result.
         self._waiting: list[Job] = []
         self._jobs: dict[str, Job] = {}
-        # One child at a time has the jobs.
-        self._lock = threading.Lock()
         self._ending = False
         self._start()
-        self._reader = threading.Thread(target=self._read, name="sender", daemon=True)
-        self._reader.start()
 
     def _start(self) -> None:
         self._socket, theirs = socket.socketpair()
+        # What was read, up to the next whole message.
+        self._heard = bytearray()
         self._pid = os.fork()
         if not self._pid:
             _work(theirs, self.url)
         theirs.close()
+
+    @property
+    def descriptors(self) -> list[int]:
+        """What can be read when collect() has something to do; nothing when the child has ended as it was told."""
+        return [self._socket.fileno()] if self._socket.fileno() >= 0 else []
 
     def send(self, job: Job) -> None:
         """Let JOB be sent behind the next flush()."""
@@ -62,59 +69,69 @@ class Process:
         """Hand over what waits for that."""
         if self._waiting:
             jobs, self._waiting = self._waiting, []
-            with self._lock:
-                self._jobs.update((job.queue_id, job) for job in jobs)
-                self._tell(jobs)
+            self._jobs.update((job.queue_id, job) for job in jobs)
+            self._tell(jobs)
+
+    def collect(self) -> None:
+        """Pass on the results that are there."""
+        data = b" "
+        while data and self.descriptors:
+            try:
+                data = self._socket.recv(1 << 20, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                break
+            except OSError:
+                data = b""
+            self._heard += data
+        while len(self._heard) >= _LENGTH.size:
+            end = _LENGTH.size + _LENGTH.unpack_from(self._heard)[0]
+            if len(self._heard) < end:
+                break
+            done, self.pace, self.max_size = pickle.loads(self._heard[_LENGTH.size : end])
+            del self._heard[:end]
+            for queue_id, result in done:
+                self._results.put((self._jobs.pop(queue_id), result))
+        if not data:
+            self._ended()
 
     def give_back(self, result: Result = None) -> None:
         """Let RESULT be that of all jobs that no session has begun with."""
-        with self._lock:
-            self._tell(("give back", result))
+        self._tell(("give back", result))
 
     def stop(self) -> None:
         """Let the child end when its jobs are done."""
         self.flush()
-        with self._lock:
-            self._ending = True
-            self._tell(None)
+        self._ending = True
+        self._tell(None)
 
     def join(self) -> None:
-        self._reader.join()
+        """Wait for that."""
+        while self.descriptors:
+            poll = select.poll()
+            poll.register(self._socket, select.POLLIN)
+            poll.poll()
+            self.collect()
 
     def _tell(self, what: Any) -> None:
         try:
             _send(self._socket, what)
         except OSError:
-            # It has ended; the reader sees to its jobs.
+            # It has ended; collect() sees to its jobs.
             pass
 
-    def _read(self) -> None:
-        while True:
-            told = _receive(self._socket)
-            if told is None:
-                self._socket.close()
-                os.waitpid(self._pid, 0)
-                if self._ending and not self._jobs:
-                    return
-                self._lost()
-            else:
-                done, self.pace, self.max_size = told
-                with self._lock:
-                    found = [(self._jobs.pop(queue_id), result) for queue_id, result in done]
-                for each in found:
-                    self._results.put(each)
-            self._wake()
-
-    def _lost(self) -> None:
-        """It was killed: nobody knows what has become of its jobs."""
+    def _ended(self) -> None:
+        self._socket.close()
+        os.waitpid(self._pid, 0)
+        if self._ending and not self._jobs:
+            return
+        # It was killed: nobody knows what has become of its jobs.
         words = "the process that talks to the MTA has ended"
         LOG.error(maillog.sender_lost(words))
         time.sleep(AGAIN)
-        with self._lock:
-            jobs, self._jobs = self._jobs, {}
-            self._start()
-            if self._ending:
-                self._tell(None)
+        jobs, self._jobs = self._jobs, {}
+        self._start()
+        if self._ending:
+            self._tell(None)
         for job in jobs.values():
             self._results.put((job, [Outcome(recipient, Kind.UNKNOWN, words) for recipient in job.recipients]))
 

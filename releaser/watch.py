@@ -5,7 +5,7 @@ import select
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from watchdog.events import FileSystemEvent, FileSystemEventHandler
 from watchdog.observers import Observer
@@ -21,8 +21,6 @@ class Wake:
     def __init__(self) -> None:
         # An event of the kernel, since a signal handler may set it: it takes no lock that the main thread could hold.
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._poll = select.poll()
-        self._poll.register(self._event, select.POLLIN)
         self._lock = threading.Lock()
         self._bells: set[str] = set()
         self._configuration = False
@@ -40,9 +38,12 @@ class Wake:
         """End a wait. May be called by a signal handler."""
         os.eventfd_write(self._event, 1)
 
-    def wait(self, seconds: float) -> None:
-        """Return when anything happened, or after SECONDS."""
-        if self._poll.poll(seconds * 1000):
+    def wait(self, seconds: float, others: Iterable[int] = ()) -> None:
+        """Return when anything happened, when one of the descriptors OTHERS can be read, or after SECONDS."""
+        poll = select.poll()
+        for descriptor in (self._event, *others):
+            poll.register(descriptor, select.POLLIN)
+        if any(descriptor == self._event for descriptor, _ in poll.poll(seconds * 1000)):
             os.eventfd_read(self._event)
 
     def take(self) -> tuple[set[str], bool]:
