@@ -20,8 +20,8 @@ from typing import BinaryIO, Protocol
 
 # Sessions at once. One vhost uses one at a time, which keeps its mail in order.
 SESSIONS = 4
-# Exim only queues what comes after the tenth message of a connection.
-MESSAGES_PER_SESSION = 10
+# Messages in one session: some servers take no more than a hundred, and Exim only queues what comes after the tenth.
+MESSAGES_PER_SESSION, MESSAGES_FOR_EXIM = 100, 10
 # RFC 5321 section 4.5.3.1.8: a server takes at least 100 recipients in one transaction.
 RECIPIENTS_PER_TRANSACTION = 100
 # An unused session is closed after this many seconds.
@@ -39,6 +39,8 @@ SENDMAIL_REFUSALS = (os.EX_DATAERR, os.EX_NOUSER)
 # No other chunk is the same, since a line of one dot has two on the wire.
 FINAL_DOT = b".\r\n"
 
+# How it says that it has a message, whatever its greeting calls it.
+_EXIM = re.compile(r"250 OK id=")
 _QUEUED = re.compile(r"queued as ([0-9A-Za-z]+)|\bid=([0-9A-Za-z-]+)")
 
 
@@ -95,13 +97,14 @@ class SmtpSession:
         self._learn_size = learn_size
         self._smtp: smtplib.SMTP | None = None
         self._sent = 0
+        self._most = MESSAGES_PER_SESSION
         self._dot_sent = False
         # Whether all commands of the transaction have been sent, and only their replies are still to be read.
         self._asked = False
 
     def send(self, job: Job) -> list[Outcome]:
         self._dot_sent = False
-        if self._sent >= MESSAGES_PER_SESSION:
+        if self._sent >= self._most:
             self.close()
         smtp, code, words = self._mail(job)
         outcomes: dict[str, Outcome] = {}
@@ -240,7 +243,10 @@ class SmtpSession:
         if code // 100 not in (2, 4, 5):
             # Torn or none at all: the message may have been taken.
             raise smtplib.SMTPServerDisconnected(f"no reply to the final dot: {_reply(code, reply)}")
-        _all(accepted, code, _reply(code, reply), outcomes)
+        words = _reply(code, reply)
+        if _EXIM.match(words):
+            self._most = MESSAGES_FOR_EXIM
+        _all(accepted, code, words, outcomes)
 
     def _takes(self, smtp: smtplib.SMTP, recipient: str) -> bool:
         return recipient.isascii() or smtp.has_extn("smtputf8")

@@ -361,6 +361,21 @@ class Exim:
         self._finalizer()
 
 
+class EximServer(_Server):
+    """A private Exim that takes mail on a loopback port, and at once sends it on to another."""
+
+    def __init__(self, relay_port: int) -> None:
+        super().__init__(None)
+        self._exim = Exim(relay_port)
+
+    def start(self) -> None:
+        command = [str(self._exim.sendmail()), "-bdf", "-oX", f"[{HOST}]:{self.port}"]
+        self._start(command, lambda: _is_listening(self.port), {})
+
+    def log(self) -> str:
+        return self._exim.log()
+
+
 EXIM_CONF = """\
 exim_path = {program}
 spool_directory = {directory}/spool
@@ -368,6 +383,7 @@ log_file_path = {directory}/logs/%s
 primary_hostname = mta.test
 keep_environment =
 message_size_limit = {size}
+acl_smtp_rcpt = accept
 begin routers
 relay:
   driver = manualroute

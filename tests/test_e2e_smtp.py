@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 from host import Host, smtp, subject, text
-from servers import Message, Postfix, Sink, Wire
+from servers import EximServer, Message, Postfix, Sink, Wire
+
+from releaser.mta import SESSIONS
 
 pytestmark = pytest.mark.server
 
@@ -405,6 +407,29 @@ def test_smtp_process_of_the_senders_is_killed() -> None:
             assert sorted(subject(message.data) for message in sink.messages()) == ["next", "twice", "twice"]
             assert len(host.rows("retried")) == 1
             assert host.ls() == []
+
+
+def test_smtp_exim_is_given_no_more_than_it_sends_on_at_once(sink: Sink) -> None:
+    """Exim leaves to its next queue run what comes in one connection behind the tenth message."""
+    with EximServer(sink.port) as exim, Host(mta=smtp(exim.port)) as host:
+        host.add(VHOST)
+        for number in range(25):
+            host.send(VHOST, message=text("one@x.example", subject=f"number {number}"))
+        with host.running():
+            assert len(sink.wait(25, 30)) == 25
+            host.wait_until_idle()
+        assert "no immediate delivery" not in exim.log()
+
+
+def test_smtp_session_is_used_for_many(sink: Sink) -> None:
+    with Wire(sink.port) as wire, Host(mta=smtp(wire.port)) as host:
+        host.add(VHOST)
+        for number in range(60):
+            host.send(VHOST, message=text("one@x.example", subject=f"number {number}"))
+        with host.running():
+            sink.wait(60, 30)
+            host.wait_until_idle()
+        assert len([each for each in wire.connections if each.client]) <= SESSIONS
 
 
 def test_smtp_frozen_server(sink: Sink) -> None:
