@@ -28,9 +28,9 @@ from types import FrameType
 from releaser import config, identity, layout, maillog
 from releaser.ledger import Ledger, LedgerError
 from releaser.maillog import LOG
-from releaser.mysql_log import Shipper
 from releaser.notify import Notify
 from releaser.release import Releaser
+from releaser.shipping import Shipping
 from releaser.watch import Wake, Watch
 
 # A probe of `secure-sendmail status` holds the lock for an instant.
@@ -87,7 +87,6 @@ class Daemon:
         self._stopping = False
         self._reload = False
         self._watch: Watch | None = None
-        self._shipper: Shipper | None = None
 
     def run(self) -> int:
         """Work until told to stop; return the exit status. Raises Stop."""
@@ -117,11 +116,13 @@ class Daemon:
             signal.signal(number, self._signal)
         # Taken before the first scan, so that a change made meanwhile is seen.
         self._signature = config.signature(self._file)
+        # Before the ledger is open.
+        self._shipping = Shipping(apart=settings.mysql is not None)
         book = Ledger(settings.state, create=True)
         if book.former_node:
             LOG.warning(maillog.node_moved(book.former_node, book.node))
         releaser = Releaser(settings, book, self._wake.nudge, self._identity.private)
-        self._use_log(settings)
+        self._shipping.use(settings)
         if not self._once:
             self._start_watch(settings)
         # What is found at the start may take long; mail is taken by enqueue all the while.
@@ -132,8 +133,7 @@ class Daemon:
         self._loop(releaser)
         self._notify.stopping()
         releaser.stop(self._notify.alive)
-        if self._shipper is not None:
-            self._shipper.stop(LAST_ROWS)
+        self._shipping.stop(LAST_ROWS)
         if self._watch is not None:
             self._watch.stop()
         LOG.info(maillog.stopped())
@@ -173,6 +173,7 @@ class Daemon:
                 self._watch.stop()
             self._start_watch(releaser.config)
             releaser.scan()
+        self._shipping.check()
         try:
             signature = config.signature(self._file)
             if not self._reload and signature == self._signature:
@@ -189,21 +190,12 @@ class Daemon:
             self._notify.ready()
             return
         if (loaded.mysql, loaded.error_log) != (releaser.config.mysql, releaser.config.error_log):
-            self._use_log(loaded)
+            self._shipping.use(loaded)
         releaser.reload(loaded)
         LOG.info(maillog.reloaded(self._file))
         _say_observed(loaded)
         self._notify.status("")
         self._notify.ready()
-
-    def _use_log(self, settings: config.Config) -> None:
-        """Ship the log to where SETTINGS say, and no longer to where it went before."""
-        before, self._shipper = self._shipper, None
-        if before is not None:
-            # MySQL may be slow to answer, and mail does not wait for it.
-            before.stop(0)
-        if settings.mysql is not None:
-            self._shipper = Shipper(settings.mysql, settings.state, settings.error_log, settings.spool, before)
 
     def _start_watch(self, settings: config.Config) -> None:
         directories = [os.path.dirname(os.path.abspath(self._file))]

@@ -96,6 +96,10 @@ def sender_lost(words: str) -> str:
     return f"{words}; what it had begun is tried again"
 
 
+def shipper_lost() -> str:
+    return "the process that ships the log to MySQL has ended; the daemon itself goes on with it until its next start"
+
+
 def mta_up() -> str:
     return "the MTA is back"
 

@@ -4,6 +4,7 @@ The only module that imports PyMySQL. MySQL being down, slow, read-only or full 
 ledger, and one line a minute says how many.
 """
 
+import fcntl
 import os
 import re
 import sqlite3
@@ -29,6 +30,8 @@ from releaser.maillog import LOG
 SCHEMA_VERSION = 2
 # Versions of the tables that rows can be added to: the later one has other indexes.
 SHIPPABLE = (1, 2)
+# Beside the ledger: held by whoever ships.
+LOCK = "shipping"
 # Rows in one INSERT at most, and the share of max_allowed_packet that its text may take.
 BATCH_ROWS = 500
 PACKET_SHARE = 4
@@ -214,13 +217,11 @@ class Shipper:
     bytes, where that is more than half of outbox_max; and how many rows outbox_max has summarised.
     """
 
-    def __init__(self, server: Mysql, state: str, error_log: str | None, spool: str, before: "Shipper | None" = None) -> None:
-        """BEFORE is one that was told to end; there are never two at work."""
+    def __init__(self, server: Mysql, state: str, error_log: str | None, spool: str) -> None:
         self._server = server
         self._state = state
         self._error_log = error_log
         self._not_inside = (spool, state)
-        self._before = before
         self._wake = threading.Event()
         self._ending = self._abandoned = False
         # The rows of one INSERT by now, and the row at which alone the connection was lost, and how often.
@@ -246,9 +247,7 @@ class Shipper:
         self._thread.join(patience)
 
     def _run(self) -> None:
-        if self._before is not None:
-            self._before._thread.join()
-            self._before = None
+        lock = -1
         book: Ledger | None = None
         connection: Any = None
         backoff, collected = 0.0, 0.0
@@ -256,6 +255,10 @@ class Shipper:
             ending = self._ending
             pause: float = POLL
             try:
+                if lock < 0:
+                    # There are never two at work: one that was told to end may still wait for MySQL.
+                    lock = os.open(f"{self._state}/{LOCK}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                    fcntl.flock(lock, fcntl.LOCK_EX)
                 if book is None:
                     book = Ledger(self._state)
                     self._facts = book.waits()
@@ -290,6 +293,8 @@ class Shipper:
             _close(connection)
         if book is not None:
             book.close()
+        if lock >= 0:
+            os.close(lock)
 
     def _begin(self, connection: Any) -> None:
         version = version_of(connection)

@@ -1,27 +1,22 @@
 """The senders in a process of their own: talking to the MTA takes no time from the engine, nor waits for it."""
 
-import gc
 import os
 import pickle
 import queue
 import select
-import signal
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from releaser import maillog
+from releaser import child, maillog
 from releaser.maillog import LOG
 from releaser.mta import Job, Kind, Outcome, Result, Results, Senders
 
-_LENGTH = struct.Struct("!I")
 # Seconds until a process that has ended by itself is made again.
 AGAIN = 1
-# More descriptors than any process has.
-DESCRIPTORS = 1 << 20
 
 
 def start(url: str, wake: Callable[[], None], results: Results) -> "Senders | Process":
@@ -48,13 +43,9 @@ class Process:
         self._start()
 
     def _start(self) -> None:
-        self._socket, theirs = socket.socketpair()
+        self._pid, self._socket = child.fork(partial(_work, self.url))
         # What was read, up to the next whole message.
         self._heard = bytearray()
-        self._pid = os.fork()
-        if not self._pid:
-            _work(theirs, self.url)
-        theirs.close()
 
     @property
     def descriptors(self) -> list[int]:
@@ -83,11 +74,11 @@ class Process:
             except OSError:
                 data = b""
             self._heard += data
-        while len(self._heard) >= _LENGTH.size:
-            end = _LENGTH.size + _LENGTH.unpack_from(self._heard)[0]
+        while len(self._heard) >= child.LENGTH.size:
+            end = child.LENGTH.size + child.LENGTH.unpack_from(self._heard)[0]
             if len(self._heard) < end:
                 break
-            done, self.pace, self.max_size = pickle.loads(self._heard[_LENGTH.size : end])
+            done, self.pace, self.max_size = pickle.loads(self._heard[child.LENGTH.size : end])
             del self._heard[:end]
             for queue_id, result in done:
                 self._results.put((self._jobs.pop(queue_id), result))
@@ -114,7 +105,7 @@ class Process:
 
     def _tell(self, what: Any) -> None:
         try:
-            _send(self._socket, what)
+            child.send(self._socket, what)
         except OSError:
             # It has ended; collect() sees to its jobs.
             pass
@@ -136,35 +127,26 @@ class Process:
             self._results.put((job, [Outcome(recipient, Kind.UNKNOWN, words) for recipient in job.recipients]))
 
 
-def _work(parent: socket.socket, url: str) -> None:
-    """The child; does not return."""
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
-        os.closerange(3, parent.fileno())
-        os.closerange(parent.fileno() + 1, DESCRIPTORS)
-        # Nothing that the parent had may be collected here, and close a descriptor that is another file's by then.
-        gc.freeze()
-        # None is behind the last.
-        results: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        senders = Senders(url, lambda: None, results)
-        writer = threading.Thread(target=_write, args=(parent, senders, results), daemon=True)
-        writer.start()
-        while (told := _receive(parent, default=())) is not None:
-            if told == ():
-                # The parent has ended, and what it has begun is the next one's.
-                os._exit(os.EX_OK)
-            if isinstance(told, list):
-                for job in told:
-                    senders.send(job)
-            else:
-                senders.give_back(told[1])
-        senders.stop()
-        senders.join()
-        results.put(None)
-        writer.join()
-    finally:
-        os._exit(os.EX_OK)
+def _work(url: str, parent: socket.socket) -> None:
+    """The child."""
+    # None is behind the last.
+    results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    senders = Senders(url, lambda: None, results)
+    writer = threading.Thread(target=_write, args=(parent, senders, results), daemon=True)
+    writer.start()
+    while (told := child.receive(parent)) is not None:
+        if told is child.GONE:
+            # What the parent has begun is the next one's.
+            return
+        if isinstance(told, list):
+            for job in told:
+                senders.send(job)
+        else:
+            senders.give_back(told[1])
+    senders.stop()
+    senders.join()
+    results.put(None)
+    writer.join()
 
 
 def _write(parent: socket.socket, senders: Senders, results: queue.SimpleQueue[Any]) -> None:
@@ -178,33 +160,9 @@ def _write(parent: socket.socket, senders: Senders, results: queue.SimpleQueue[A
             pass
         done = [(each[0].queue_id, each[1]) for each in found if each is not None]
         try:
-            _send(parent, (done, senders.pace, senders.max_size))
+            child.send(parent, (done, senders.pace, senders.max_size))
         except OSError:
             # The parent has ended, which the other thread hears of.
             return
         if found[-1] is None:
             return
-
-
-def _send(target: socket.socket, what: Any) -> None:
-    data = pickle.dumps(what, pickle.HIGHEST_PROTOCOL)
-    target.sendall(_LENGTH.pack(len(data)) + data)
-
-
-def _receive(source: socket.socket, default: Any = None) -> Any:
-    """What _send() has sent; DEFAULT where the other side has ended."""
-    try:
-        head = source.recv(_LENGTH.size, socket.MSG_WAITALL)
-        if len(head) < _LENGTH.size:
-            return default
-        (length,) = _LENGTH.unpack(head)
-        data = bytearray(length)
-        view = memoryview(data)
-        while view:
-            count = source.recv_into(view)
-            if not count:
-                return default
-            view = view[count:]
-        return pickle.loads(data)
-    except OSError:
-        return default

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import re
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +18,7 @@ from mariadb import PASSWORD, MariaDB
 from servers import Message, Sink
 
 from releaser.ledger import LOG_COLUMNS
+from releaser.mysql_log import LOCK
 
 pytestmark = pytest.mark.server
 
@@ -148,3 +152,38 @@ def test_releaser_collects_old_rows(server: MariaDB, password: Path) -> None:
             host.wait(lambda: server.rows("seq, event")[2:] == [(1003, "held")], "the next one is logged")
         assert re.fullmatch(STAMP + r" \[secure-sendmail\] GC was run \(1000 rows older than 2 hours deleted\)", line)
         assert collections(error_log) == [line]
+
+
+def test_process_that_ships_is_killed(logging: Host, server: MariaDB) -> None:
+    """kill -9 of the process that ships: mail does not notice, and what is logged meanwhile arrives, once."""
+    with logging.running():
+        logging.send(VHOST, message=text("one@x.example"))
+        logging.wait(lambda: len(rows_of(server)) == 1, "the row is in MySQL")
+        (child,) = Path(f"/proc/{logging.pid}/task/{logging.pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGKILL)
+        logging.send(VHOST, message=text("two@x.example"))
+        logging.wait_for_mail(2)
+        # It is looked for every 30 seconds, and when the configuration is loaded.
+        os.kill(logging.pid, signal.SIGHUP)
+        logging.wait_for_log("ships the log to MySQL has ended")
+        logging.wait(lambda: len(rows_of(server)) == 2, "both rows are in MySQL")
+        logging.send(VHOST, message=text("three@x.example"))
+        logging.wait(lambda: len(rows_of(server)) == 3, "all rows are in MySQL")
+    assert [row["recipient"] for row in rows_of(server)] == ["one@x.example", "two@x.example", "three@x.example"]
+
+
+def test_one_ships_at_a_time(logging: Host, server: MariaDB) -> None:
+    """While another process, such as one of a daemon that was killed, still ships, no second one does; mail goes on."""
+    with logging.running():
+        logging.send(VHOST, message=text("one@x.example"))
+        logging.wait(lambda: len(rows_of(server)) == 1, "the row is in MySQL")
+    with open(logging.state / LOCK) as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        logging.start()
+        logging.send(VHOST, message=text("two@x.example"))
+        logging.wait_for_mail(2)
+        logging.wait_for_row("released")
+        time.sleep(3)
+        assert len(rows_of(server)) == 1
+    logging.wait(lambda: len(rows_of(server)) == 2, "both rows are in MySQL")
+    assert logging.stop() == 0
