@@ -106,10 +106,9 @@ class Door:
         maildrop, vhost = key
         return self.config.unregistered(vhost) if maildrop == layout.UNREGISTERED else self.config.vhost(vhost)
 
-    @property
-    def shut(self) -> frozenset[str]:
-        """The maildrops from which nothing is taken."""
-        return frozenset(key[1] for key in self._full if key[0] == key[1])
+    def is_shut(self, name: str) -> bool:
+        """Whether nothing is taken from the maildrop NAME."""
+        return (name, name) in self._full
 
     def keeps_out(self, row: Row) -> bool:
         """Whether a message as ROW is not taken from its maildrop; says so where it is the first."""

@@ -20,7 +20,7 @@ VERIFIED = ("Queue-Id", "Source", "Owner", "Picked-Up", "Held", "Reason", "Verif
 MANY = ("Recipient", "Failed")
 # What the fields of Envelope are called, by line: all that can be told, and of these what a caller can claim.
 _ATTRIBUTES = {key: key.lower().replace("-", "_") for key in (*SUBMITTED[1:], *VERIFIED)}
-_CLAIMED = SUBMITTED[1:]
+_CLAIMED = frozenset(SUBMITTED[1:])
 
 _WIDE = r"\u00a0-\ud7ff\ue000-\U0010ffff"
 _ATEXT = rf"[A-Za-z0-9!#$%&'*+/=?^_`{{|}}~{_WIDE}-]"

@@ -134,11 +134,10 @@ class HandOver:
             return not (self._backoff and self._flights)
         return len(self._flights) < self._depth and self._bytes < AHEAD_BYTES
 
-    @property
-    def full(self) -> set[str]:
-        """Maildrops of which no other message may be begun."""
-        most = max(self._depth // mta.SESSIONS, 1)
-        return {name for name, count in self.busy.items() if count >= most or name in self._alone}
+    def is_full(self, name: str) -> bool:
+        """Whether no other message of the maildrop NAME may be begun."""
+        count = self.busy.get(name, 0)
+        return bool(count) and (name in self._alone or count >= max(self._depth // mta.SESSIONS, 1))
 
     def wait_for(self, name: str) -> None:
         """Let no other message of the maildrop NAME be begun until nothing of it is in flight."""
@@ -152,7 +151,7 @@ class HandOver:
     @property
     def next_retry(self) -> float | None:
         """When something in active/ can be tried, by the clock of the ledger; None: nothing waits but for a vhost in flight."""
-        if self._may_retry and any(name not in self.full for name in self._due):
+        if self._may_retry and not all(map(self.is_full, self._due)):
             return 0.0
         return self._retries[0][0] if self._retries else None
 
@@ -211,7 +210,7 @@ class HandOver:
         for name in list(self._due):
             if not self.room or not self._may_retry:
                 return
-            if name not in self.full:
+            if not self.is_full(name):
                 waiting = self._due.pop(name)
                 self._retry_guarded(batch, name, waiting.popleft())
                 if waiting:

@@ -5,7 +5,7 @@ import os
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -118,12 +118,12 @@ class Maildrops:
         """The vhost that BELL stands for; BELL itself where it is nobody's."""
         return self._bells.get(bell, bell)
 
-    def next(self, busy: Container[str]) -> tuple[str, bytes] | None:
-        """The next vhost in turn that has mail and is not BUSY, and its first name. Raises OSError where there is no room."""
+    def next(self, busy: Callable[[str], bool]) -> tuple[str, bytes] | None:
+        """The next vhost in turn that has mail and is not BUSY, which is asked of each, and its first name. Raises OSError where there is no room."""
         for _ in range(len(self._turn)):
             vhost = self._turn.popleft()
             drop = self._drops[vhost]
-            if vhost in busy or vhost in self.frozen:
+            if busy(vhost) or vhost in self.frozen:
                 self._turn.append(vhost)
                 continue
             if drop.dirty and not drop.names:
@@ -134,9 +134,9 @@ class Maildrops:
             drop.waiting = False
         return None
 
-    def waiting(self, busy: Container[str]) -> bool:
+    def waiting(self, busy: Callable[[str], bool]) -> bool:
         """Whether a vhost that is not BUSY may have mail."""
-        return any(vhost not in busy and vhost not in self.frozen for vhost in self._turn)
+        return any(not busy(vhost) and vhost not in self.frozen for vhost in self._turn)
 
     def has_mail(self, vhost: str) -> bool:
         """Whether something lies in its new/."""

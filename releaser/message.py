@@ -9,6 +9,7 @@ import email.header
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 # More than enqueue takes, since it adds to the header what is missing and our tag.
 MAX_HEADER, MAX_LINES = 2 << 20, 21_000
@@ -36,16 +37,16 @@ class Header:
 
     def text(self, name: str) -> str:
         """The first field called NAME (lower case), unfolded, decoded (RFC 2047) and cut, for people to read."""
-        return decoded(self._first(name))[:MAX_SHOWN]
+        return decoded(self._first(name.encode()))[:MAX_SHOWN]
 
-    @property
+    @cached_property
     def message_id(self) -> str:
         """The Message-ID, which has no encoded words; empty where there is none."""
-        return self._first("message-id")[:MAX_DECODED].decode("utf-8", "replace").replace("\n", "").strip()[:MAX_SHOWN]
+        return self._first(b"message-id")[:MAX_DECODED].decode("utf-8", "replace").replace("\n", "").strip()[:MAX_SHOWN]
 
-    def _first(self, name: str) -> bytes:
+    def _first(self, name: bytes) -> bytes:
         for field_name, raw in self.fields:
-            if field_name == name.encode():
+            if field_name == name:
                 return raw.partition(b":")[2]
         return b""
 

@@ -251,7 +251,7 @@ class Releaser:
     def idle(self) -> bool:
         """Nothing is left that could be done now."""
         now, retry = self._now(), self._handover.next_retry
-        work = (self._door.room and self._drops.waiting(self._door.shut)) or (retry is not None and retry <= now)
+        work = (self._door.room and self._drops.waiting(self._door.is_shut)) or (retry is not None and retry <= now)
         if self._handover.in_flight or self._decisions_wait or self._collector.busy:
             return False
         return not work or self._handover.down_until > now
@@ -291,7 +291,7 @@ class Releaser:
         elif self._handover.room:
             if not self._door.room:
                 due.append(now + PAUSE)
-            elif self._drops.waiting(self._handover.full | self._door.shut):
+            elif self._drops.waiting(self._is_busy):
                 return 0
             if self._handover.next_retry is not None:
                 due.append(self._handover.next_retry)
@@ -355,6 +355,10 @@ class Releaser:
 
     # From new/ to a decision.
 
+    def _is_busy(self, name: str) -> bool:
+        """Whether nothing is taken from the maildrop NAME now."""
+        return self._handover.is_full(name) or self._door.is_shut(name)
+
     def _pick_up(self, batch: Batch) -> None:
         """Decide messages, the vhosts in turn, until the senders have enough to do or the round is full."""
         try:
@@ -368,7 +372,7 @@ class Releaser:
             if time.monotonic() > until or not self._door.room:
                 return
             try:
-                found = self._drops.next(self._handover.full | self._door.shut) if self._handover.room else None
+                found = self._drops.next(self._is_busy) if self._handover.room else None
             except OSError as error:
                 self._room.lacks(error)
                 return
