@@ -119,7 +119,10 @@ class Maildrops:
         return self._bells.get(bell, bell)
 
     def next(self, busy: Callable[[str], bool]) -> tuple[str, bytes] | None:
-        """The next vhost in turn that has mail and is not BUSY, which is asked of each, and its first name. Raises OSError where there is no room."""
+        """The next vhost in turn that has mail and is not BUSY, which is asked of each, and its first name.
+
+        Raises OSError where there is no room.
+        """
         for _ in range(len(self._turn)):
             vhost = self._turn.popleft()
             drop = self._drops[vhost]
