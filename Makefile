@@ -104,7 +104,7 @@ soak: .venv/development
 # Beside its peers on this machine, in about five minutes; SCALE=full is the long one. As root.
 bench: .venv/development
 	@bash tests/packages.sh nullmailer:usr/sbin/nullmailer-queue time:usr/bin/time
-	@$(BIN)/python bench $(if $(filter full,$(SCALE)),--full) $(ONLY)
+	@$(if $(filter here,$(FS)),,sh tests/mounts.sh sh bench/ext4.sh) $(BIN)/python bench $(if $(filter full,$(SCALE)),--full) $(ONLY)
 
 .venv/fuzz: .venv/development requirements-fuzz.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-fuzz.lock

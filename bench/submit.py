@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import time
@@ -38,7 +39,8 @@ def measure(bench: Bench) -> None:
 def _compare(bench: Bench, everyone: list[Peer], message: Path, at_once: int, rounds: int, key: str) -> None:
     runs: dict[str, list[Run]] = {peer.name: [] for peer in everyone}
     for number in range(rounds + 1):
-        for peer in everyone:
+        # In another order each time, so that none has always the same one before it, and what that leaves in the caches.
+        for peer in random.Random(number).sample(everyone, len(everyone)):
             run = _start(peer, message, at_once)
             # The first of each only warms up.
             if number:
