@@ -22,8 +22,9 @@ class Freeing:
         threading.Thread(target=self._free, name="freeing", daemon=True).start()
 
     def add(self, descriptor: int) -> None:
-        """It belongs to us from now on, and is closed some time behind the next flush()."""
-        self._descriptors.append(descriptor)
+        """It belongs to us from now on, and is closed some time behind the next flush(); less than 0: there is none."""
+        if descriptor >= 0:
+            self._descriptors.append(descriptor)
         if len(self._descriptors) == MOST:
             self.flush()
 
@@ -50,5 +51,5 @@ def _packed(descriptors: list[int]) -> socket.socket | None:
         with ours:
             socket.send_fds(ours, [b"\0"], descriptors)
         return parcel
-    except OSError:
+    except (OSError, MemoryError):
         return None

@@ -241,7 +241,8 @@ class Releaser:
     @property
     def descriptors(self) -> list[int]:
         """What can be read when there is something for step() to do, beside what WAKE was called for."""
-        return self._handover.descriptors
+        # While there is no room to write down what the MTA has said, that is left where it is.
+        return [] if self._unwritten else self._handover.descriptors
 
     @property
     def vhosts(self) -> int:

@@ -150,6 +150,12 @@ class Host:
     def pid(self) -> int:
         return self._processes[0].pid
 
+    @property
+    def cpu(self) -> float:
+        """Seconds of processor time that the releaser has used."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def is_running(self) -> bool:
         status = self.cli("status", "--json", check=False)
         return status.returncode == 0 and bool(json.loads(status.stdout)["running"])
