@@ -19,7 +19,10 @@ venv: .venv/runtime
 .venv/runtime: requirements.lock pyproject.toml enqueue/secure-sendmail-enqueue.in Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; say which: make PYTHON=python3.11 venv"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "Python's venv module is missing; on Debian: apt-get install python3-venv"; exit 1; }
-	$(PYTHON) -m venv --clear .venv
+	@# Of another interpreter, it is made anew, or it would be a mixture; else the commands in it work on meanwhile.
+	which='import sys; print(sys.base_prefix, sys.version)'; \
+		[ "$$($(BIN)/python -c "$$which" 2>/dev/null)" = "$$($(PYTHON) -c "$$which")" ] || clear=--clear; \
+		$(PYTHON) -m venv $$clear .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@# The enqueue command starts without the virtual environment: it needs the standard library only, and speed.

@@ -39,8 +39,8 @@ SENDMAIL_REFUSALS = (os.EX_DATAERR, os.EX_NOUSER)
 # No other chunk is the same, since a line of one dot has two on the wire.
 FINAL_DOT = b".\r\n"
 
-# How it says that it has a message, whatever its greeting calls it.
-_EXIM = re.compile(r"250 OK id=")
+# How it greets, and how it says that it has a message, of which an administrator may have changed one.
+_EXIM = re.compile(r"220 .*\bExim\b|250 OK id=")
 _QUEUED = re.compile(r"queued as ([0-9A-Za-z]+)|\bid=([0-9A-Za-z-]+)")
 
 
@@ -165,6 +165,7 @@ class SmtpSession:
         code, reply = smtp.connect(self._host, self._port)
         if code != 220:
             raise Unreachable(_reply(code, reply))
+        self._look_for_exim(_reply(code, reply))
         # Or the final dot would wait for the server's delayed acknowledgement, 40 ms a message.
         _socket(smtp).setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         smtp.command_encoding = "utf-8"
@@ -244,9 +245,12 @@ class SmtpSession:
             # Torn or none at all: the message may have been taken.
             raise smtplib.SMTPServerDisconnected(f"no reply to the final dot: {_reply(code, reply)}")
         words = _reply(code, reply)
+        self._look_for_exim(words)
+        _all(accepted, code, words, outcomes)
+
+    def _look_for_exim(self, words: str) -> None:
         if _EXIM.match(words):
             self._most = MESSAGES_FOR_EXIM
-        _all(accepted, code, words, outcomes)
 
     def _takes(self, smtp: smtplib.SMTP, recipient: str) -> bool:
         return recipient.isascii() or smtp.has_extn("smtputf8")

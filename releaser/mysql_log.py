@@ -256,9 +256,9 @@ class Shipper:
             pause: float = POLL
             try:
                 if lock < 0:
-                    # There are never two at work: one that was told to end may still wait for MySQL.
-                    lock = os.open(f"{self._state}/{LOCK}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-                    fcntl.flock(lock, fcntl.LOCK_EX)
+                    lock = self._lock()
+                    if self._abandoned:
+                        break
                 if book is None:
                     book = Ledger(self._state)
                     self._facts = book.waits()
@@ -295,6 +295,16 @@ class Shipper:
             book.close()
         if lock >= 0:
             os.close(lock)
+
+    def _lock(self) -> int:
+        """There are never two at work: one that was told to end may still wait for MySQL. Raises OSError."""
+        fd = os.open(f"{self._state}/{LOCK}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
 
     def _begin(self, connection: Any) -> None:
         version = version_of(connection)

@@ -68,7 +68,7 @@ class Process:
         data = b" "
         while data and self.descriptors:
             try:
-                data = self._socket.recv(1 << 20, socket.MSG_DONTWAIT)
+                data = self._socket.recv(1 << 16, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 break
             except OSError:
@@ -82,7 +82,8 @@ class Process:
             del self._heard[:end]
             for queue_id, result in done:
                 self._results.put((self._jobs.pop(queue_id), result))
-        if not data:
+        if not data and self._results.empty():
+            # Otherwise next time: what was read just now is made durable first.
             self._ended()
 
     def give_back(self, result: Result = None) -> None:

@@ -364,9 +364,12 @@ class Exim:
 class EximServer(_Server):
     """A private Exim that takes mail on a loopback port, and at once sends it on to another."""
 
-    def __init__(self, relay_port: int) -> None:
+    def __init__(self, relay_port: int, option: str) -> None:
+        """OPTION: a line of its configuration."""
         super().__init__(None)
         self._exim = Exim(relay_port)
+        configuration = self._exim.directory / "exim.conf"
+        configuration.write_text(f"{option}\n{configuration.read_text()}")
 
     def start(self) -> None:
         command = [str(self._exim.sendmail()), "-bdf", "-oX", f"[{HOST}]:{self.port}"]

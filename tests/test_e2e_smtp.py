@@ -409,9 +409,10 @@ def test_smtp_process_of_the_senders_is_killed() -> None:
             assert host.ls() == []
 
 
-def test_smtp_exim_is_given_no_more_than_it_sends_on_at_once(sink: Sink) -> None:
-    """Exim leaves to its next queue run what comes in one connection behind the tenth message."""
-    with EximServer(sink.port) as exim, Host(mta=smtp(exim.port)) as host:
+@pytest.mark.parametrize("option", ("smtp_banner = mail", "acl_smtp_data = accept message = thanks"))
+def test_smtp_exim_is_given_no_more_than_it_sends_on_at_once(sink: Sink, option: str) -> None:
+    """Exim leaves to its next queue run what comes in one connection behind the tenth message; also one that says little."""
+    with EximServer(sink.port, option) as exim, Host(mta=smtp(exim.port)) as host:
         host.add(VHOST)
         for number in range(25):
             host.send(VHOST, message=text("one@x.example", subject=f"number {number}"))
