@@ -94,11 +94,14 @@ def test_crash_at_random_points_loses_nothing() -> None:
         host.start()
         host.wait_until_idle(60)
         arrived = Counter(message_id(message.data) for message in sink.messages())
-        assert {subject(message.data) for message in sink.messages()} == {f"mail {number}" for number in range(count)}
-        assert len(arrived) == count
+        subjects = {subject(message.data) for message in sink.messages()}
+        # Three of the kills may have met the same mail in hand, and then nobody knows that it was not what ended the daemon.
+        aside = {subject(path.read_bytes().partition(b"\n\n")[2]) for path in (host.spool / "corrupt").iterdir()}
+        assert subjects | aside == {f"mail {number}" for number in range(count)}
+        assert len(arrived) == len(subjects) and len(aside) <= 2
         twice = {name for name, times in arrived.items() if times > 1}
         assert twice <= {row["message_id"] for row in host.rows("retried")}
-        assert host.ls() == []
+        assert len(host.ls()) == len(aside) == len({row["queue_id"] for row in host.rows("corrupt")})
         assert host.stop() == 0
 
 
