@@ -3,6 +3,7 @@
 import gc
 import os
 import pickle
+import select
 import signal
 import socket
 import struct
@@ -47,6 +48,13 @@ def send(target: socket.socket, what: Any) -> None:
     """Raises OSError where the other side has ended."""
     data = pickle.dumps(what, pickle.HIGHEST_PROTOCOL)
     target.sendall(LENGTH.pack(len(data)) + data)
+
+
+def can_be_read(source: socket.socket, seconds: float | None = None) -> bool:
+    """Whether receive() has something to read, or the other side has ended, within SECONDS; None: some time."""
+    poll = select.poll()
+    poll.register(source, select.POLLIN)
+    return bool(poll.poll(None if seconds is None else seconds * 1000))
 
 
 def receive(source: socket.socket) -> Any:

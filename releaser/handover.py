@@ -58,7 +58,7 @@ class Flight:
         return self.row.maildrop, name.encode()
 
     def copy(self) -> "Flight":
-        """As it is now, whatever becomes of it; not by copy.copy(), which takes ten times as long."""
+        """As it is now, whatever becomes of it; not by copy.copy(), which takes longer."""
         found, row = object.__new__(Flight), object.__new__(Row)
         row.__dict__ = self.row.__dict__ | {"remaining": [*self.row.remaining], "refused": [*self.row.refused]}
         found.__dict__ = self.__dict__ | {"row": row, "untried": [*self.untried], "deferred": [*self.deferred]}

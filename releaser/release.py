@@ -82,7 +82,7 @@ class Releaser:
         self._incidents = Incidents(config, book, self._settings)
         self._door = Door(config, book)
         self._collector = Collector(config, book, self._door)
-        # What a uid's mail is from, as of the last scan: to look it up for each message would take a tenth of the time.
+        # What a uid's mail is from, as of the last scan: otherwise /etc/passwd would be read for each message.
         self._logins: dict[int, str] = {}
         # Whose mail was counted or held since their limits were looked at for the door.
         self._moved: set[Key] = set()

@@ -3,7 +3,6 @@
 import os
 import pickle
 import queue
-import select
 import socket
 import threading
 import time
@@ -99,9 +98,7 @@ class Process:
     def join(self) -> None:
         """Wait for that."""
         while self.descriptors:
-            poll = select.poll()
-            poll.register(self._socket, select.POLLIN)
-            poll.poll()
+            child.can_be_read(self._socket)
             self.collect()
 
     def _tell(self, what: Any) -> None:

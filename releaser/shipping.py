@@ -1,7 +1,6 @@
 """The log's shipper in a process of its own: mail does not share the interpreter with it."""
 
 import os
-import select
 import signal
 import socket
 from functools import partial
@@ -38,7 +37,7 @@ class Shipping:
 
     def check(self) -> None:
         """See that it is still there."""
-        if self._socket is not None and _can_be_read(self._socket, 0):
+        if self._socket is not None and child.can_be_read(self._socket, 0):
             # It never says anything: so it has ended.
             self._let_go()
             LOG.error(maillog.shipper_lost())
@@ -54,7 +53,7 @@ class Shipping:
             except OSError:
                 # It has ended; the rows are safe in the ledger.
                 pass
-            if not _can_be_read(self._socket, patience + 1):
+            if not child.can_be_read(self._socket, patience + 1):
                 os.kill(self._pid, signal.SIGKILL)
             self._let_go()
 
@@ -74,12 +73,6 @@ class Shipping:
         self._socket.close()
         self._socket = None
         os.waitpid(self._pid, 0)
-
-
-def _can_be_read(source: socket.socket, patience: float) -> bool:
-    poll = select.poll()
-    poll.register(source, select.POLLIN)
-    return bool(poll.poll(patience * 1000))
 
 
 def _another(before: Shipper | None, told: Told) -> Shipper | None:
