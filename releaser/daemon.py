@@ -114,6 +114,7 @@ class Daemon:
         maillog.start()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._signal)
+        self._wake.wake_on_signals()
         # Taken before the first scan, so that a change made meanwhile is seen.
         self._signature = config.signature(self._file)
         # Before the ledger is open.
@@ -215,7 +216,6 @@ class Daemon:
             os._exit(os.EX_SOFTWARE)
         else:
             self._stopping = True
-        self._wake.nudge()
 
 
 def _say_observed(settings: config.Config) -> None:

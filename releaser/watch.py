@@ -2,6 +2,7 @@
 
 import os
 import select
+import signal
 import threading
 import time
 from collections import Counter
@@ -19,8 +20,7 @@ class Wake:
     """What has happened since the main loop last looked: bells rung, configuration touched. Coalesces; thread-safe."""
 
     def __init__(self) -> None:
-        # An event of the kernel, since a signal handler may set it: it takes no lock that the main thread could hold.
-        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._awake, self._nudged = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._lock = threading.Lock()
         self._bells: set[str] = set()
         self._configuration = False
@@ -35,16 +35,25 @@ class Wake:
         self.nudge()
 
     def nudge(self) -> None:
-        """End a wait. May be called by a signal handler."""
-        os.eventfd_write(self._event, 1)
+        """End a wait."""
+        try:
+            os.write(self._nudged, b"\0")
+        except BlockingIOError:
+            # As many have said so as a pipe can hold.
+            pass
+
+    def wake_on_signals(self) -> None:
+        """Let every signal end a wait, also one that has arrived just before it, or in another thread."""
+        signal.set_wakeup_fd(self._nudged, warn_on_full_buffer=False)
 
     def wait(self, seconds: float, others: Iterable[int] = ()) -> None:
         """Return when anything happened, when one of the descriptors OTHERS can be read, or after SECONDS."""
         poll = select.poll()
-        for descriptor in (self._event, *others):
+        for descriptor in (self._awake, *others):
             poll.register(descriptor, select.POLLIN)
-        if any(descriptor == self._event for descriptor, _ in poll.poll(seconds * 1000)):
-            os.eventfd_read(self._event)
+        if any(descriptor == self._awake for descriptor, _ in poll.poll(seconds * 1000)):
+            # All that a pipe can hold.
+            os.read(self._awake, 1 << 16)
 
     def take(self) -> tuple[set[str], bool]:
         """The bells rung and whether the configuration was touched, since the last call."""

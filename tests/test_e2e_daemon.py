@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 
 from host import RELEASER, Host, text
@@ -84,6 +85,26 @@ def test_daemon_finds_mail_without_a_bell(host: Host) -> None:
         (host.spool / "vhosts" / VHOST / "policy").unlink()
         host.send(VHOST)
         host.wait_for_mail(1, timeout=45)
+
+
+# Another thread gets the signals, as it is where one arrives in the instant before the main thread begins to wait.
+ELSEWHERE = """
+import runpy, signal, sys, threading, time
+threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP})
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_daemon_hears_a_signal_however_it_waits(host: Host) -> None:
+    """A signal does not wait for the next scan, although it has interrupted no system call of the main thread."""
+    host.through = [sys.executable, "-c", ELSEWHERE]
+    host.start()
+    host.wait_for_log("started")
+    host.signal(signal.SIGHUP)
+    host.wait_for_log("configuration loaded", timeout=10)
+    assert host.stop(timeout=10) == 0
 
 
 def test_daemon_sleeps_when_there_is_nothing_to_do(host: Host) -> None:
