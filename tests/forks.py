@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import errno
 import functools
+import itertools
 import json
 import os
 import posix
@@ -147,7 +148,8 @@ class _Counted:
         self._who = "enqueue" if self._program == "enqueue" else "releaser"
         self._notes = f"{request['notes']}.calls"
         self._open, self._write, self._close, self._listdir = os.open, os.write, os.close, os.listdir
-        self._number = 0
+        # Threads count together.
+        self._numbers = itertools.count(1)
         self._process = os.getpid()
 
     def patch(self) -> None:
@@ -178,9 +180,9 @@ class _Counted:
         if os.getpid() != self._process:
             # The process that talks to the MTA, which ends with this one.
             return
-        self._number += 1
+        number = next(self._numbers)
         self._note(name)
-        if self._number != self._at:
+        if number != self._at:
             return
         if self._how == EXIT:
             os._exit(ENDED[0])
