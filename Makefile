@@ -26,7 +26,7 @@ venv: .venv/runtime
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@# The enqueue command starts without the virtual environment: it needs the standard library only, and speed.
-	sed -e "s|@PYTHON@|$$($(BIN)/python -c 'import sys; print(sys._base_executable)')|" -e 's|@LIBRARY@|$(HERE)|' \
+	sed -e "s|@START@|$$($(BIN)/python -c 'import sys; print(sys._base_executable)')|" -e 's|@LIBRARY@|$(HERE)|' \
 		enqueue/secure-sendmail-enqueue.in > $(BIN)/secure-sendmail-enqueue
 	chmod 0755 $(BIN)/secure-sendmail-enqueue
 	$(BIN)/python -m compileall -q enqueue
@@ -44,16 +44,16 @@ install:
 		echo "Missing; on Debian: apt-get install python3-click python3-pymysql python3-rich python3-watchdog"; exit 1; }
 	@set -eu; umask 022; \
 	put() { mkdir -p "$${3%/*}"; \
-		sed -e 's|@PYTHON@|$(PYTHON)|' -e 's|@LIBRARY@|$(LIBRARY)|' -e "s|@MODULE@|$${4:-}|" \
+		sed -e 's|@PYTHON@|$(PYTHON)|' -e 's|@START@|$(LIBRARY)/start/python3|' -e 's|@LIBRARY@|$(LIBRARY)|' -e "s|@MODULE@|$${4:-}|" \
 			-e 's|@BIN@|$(PREFIX)/bin|' -e 's|/usr/local/bin|$(PREFIX)/bin|' "$$2" > "$$3.new"; \
 		chmod "$$1" "$$3.new"; mv -f "$$3.new" "$$3"; }; \
 	rm -rf "$(INSTALLED).new" "$(INSTALLED).old"; \
 	for directory in enqueue releaser releaser/cli; do \
 		mkdir -p "$(INSTALLED).new/$$directory"; install -m 0644 $$directory/*.py "$(INSTALLED).new/$$directory"; done; \
 	for file in config/schema*.sql; do put 0644 $$file "$(INSTALLED).new/$$file"; done; \
+	$(PYTHON) -I "$(INSTALLED).new/enqueue/bundle.py"; \
 	$(PYTHON) -I -m compileall -q --invalidation-mode unchecked-hash \
 		-s "$(INSTALLED).new" -p "$(LIBRARY)" "$(INSTALLED).new"; \
-	$(PYTHON) -I -X no_debug_ranges "$(INSTALLED).new/enqueue/bundle.py" "$(LIBRARY)"; \
 	[ ! -e "$(INSTALLED)" ] || mv -T "$(INSTALLED)" "$(INSTALLED).old"; \
 	mv -T "$(INSTALLED).new" "$(INSTALLED)"; rm -rf "$(INSTALLED).old"; \
 	put 0755 enqueue/secure-sendmail-enqueue.in "$(DESTDIR)$(PREFIX)/bin/secure-sendmail-enqueue"; \

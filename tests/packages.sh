@@ -11,7 +11,7 @@ mark="from secure-sendmail's tests/packages.sh"
 
 needed=(php-cli python3-watchdog python3-click python3-rich python3-pymysql mariadb-server util-linux strace procps
     apache2-bin libapache2-mod-php php-fpm sudo acl debootstrap systemd nftables
-    libphp-phpmailer php-symfony-mailer php-mail php-pear php-mysql node-nodemailer nodejs git-email libmailtools-perl s-nail libfaketime)
+    locales libphp-phpmailer php-symfony-mailer php-mail php-pear php-mysql node-nodemailer nodejs git-email libmailtools-perl s-nail libfaketime)
 
 # These would conflict with the machine's own mail server, bring one, or start a service, so they are not installed but
 # only unpacked into the cache. Each with one of its programs, whose libraries tell whether the packages it depends on are

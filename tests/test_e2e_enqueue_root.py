@@ -115,7 +115,7 @@ def stranger() -> Iterator[Path]:
         shutil.copytree(ROOT / "enqueue", directory / "enqueue", ignore=shutil.ignore_patterns("__pycache__"))
         template = (ROOT / "enqueue/secure-sendmail-enqueue.in").read_text()
         script = directory / "secure-sendmail-enqueue"
-        script.write_text(template.replace("@PYTHON@", "/usr/bin/python3").replace("@LIBRARY@", name))
+        script.write_text(template.replace("@START@", "/usr/bin/python3").replace("@LIBRARY@", name))
         subprocess.run(["chmod", "-R", "a+rX", directory], check=True)
         yield script
 
@@ -155,16 +155,20 @@ def test_enqueue_as_another_user_behind_an_open_gate(host: Host, stranger: Path)
 
 @pytest.fixture
 def bundled(stranger: Path) -> Path:
-    """The shipped script with the file that `make install` makes of all modules."""
+    """The shipped script with what `make install` makes: all modules in one file, and a start for the interpreter."""
     library = stranger.parent
-    subprocess.run(["/usr/bin/python3", "-I", "-X", "no_debug_ranges", library / "enqueue/bundle.py", library], check=True)
+    stranger.write_text(stranger.read_text().replace("/usr/bin/python3", f"{library}/start/python3"))
+    stranger.chmod(0o755)
+    subprocess.run(["/usr/bin/python3", "-I", library / "enqueue/bundle.py"], check=True)
     return next(library.glob("enqueue/__pycache__/bundle.cpython-*[0-9]"))
 
 
-def run_as_root(bundled: Path, host: Host) -> subprocess.CompletedProcess[bytes]:
+def run_as_root(
+    bundled: Path, host: Host, *recipients: str | bytes, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[bytes]:
     script = bundled.parents[2] / "secure-sendmail-enqueue"
-    words = ["/usr/bin/python3", "-IS", script, "--spool", host.spool, VHOST, "-t"]
-    return subprocess.run(words, input=text("one@x.example"), capture_output=True, timeout=60)
+    words = [script, "--spool", host.spool, VHOST, "-i", *(recipients or ["-t"])]
+    return subprocess.run(words, input=text("one@x.example"), capture_output=True, timeout=60, env=environment)
 
 
 def test_enqueue_starts_from_one_file(host: Host, bundled: Path) -> None:
@@ -190,3 +194,35 @@ def test_enqueue_with_a_broken_file_says_so(host: Host, bundled: Path) -> None:
     run = run_as_root(bundled, host)
     assert run.returncode == CONFIG and run.stderr.startswith(b"secure-sendmail-enqueue: not installed correctly: ")
     assert host.ls() == []
+
+
+def test_enqueue_starts_with_utf8_alone(host: Host, bundled: Path) -> None:
+    """What else there is of codecs is loaded for those who need it, from the interpreter's own library."""
+    python = bundled.parents[2] / "start/python3"
+    loaded = "print('encodings.aliases' in sys.modules)"
+    program = f"import sys; {loaded}; 'ü'.encode('koi8-r', 'ignore'); {loaded}"
+    run = subprocess.run([python, "-IS", "-c", program], capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "False\nTrue\n", "")
+    run = run_as_root(bundled, host, "one@bücher.example")
+    assert (run.returncode, run.stderr) == (0, b"")
+    # As packages for Debian have links.
+    link = os.path.relpath(python.readlink(), python.parent)
+    python.unlink()
+    python.symlink_to(link)
+    run = run_as_root(bundled, host, "one@bücher.example")
+    assert (run.returncode, run.stderr) == (0, b"")
+    assert len(host.ls()) == 2
+    assert all(b"\nRecipient: one@xn--bcher-kva.example\n" in (host.spool / name).read_bytes() for name in host.ls())
+
+
+def test_enqueue_in_any_locale(host: Host, bundled: Path, tmp_path: Path) -> None:
+    """Python takes its arguments for text of the caller's locale, and ends where it does not find the codec for that."""
+    subprocess.run(["localedef", "-i", "de_DE", "-f", "ISO-8859-15", tmp_path / "de_DE.iso885915"], check=True)
+    for number, locale in enumerate(("de_DE.iso885915", "C.UTF-8", "POSIX", "nobody@knows"), 1):
+        environment = {"LC_ALL": locale, "LOCPATH": str(tmp_path)} if number == 1 else {"LC_ALL": locale}
+        for recipient in ("one@bücher.example".encode(), b"two@x.example"):
+            run = run_as_root(bundled, host, recipient, environment=environment)
+            assert (run.returncode, run.stderr) == (0, b""), locale
+        assert len(host.ls()) == 2 * number
+    found = [(host.spool / name).read_bytes().count(b"\nRecipient: one@xn--bcher-kva.example\n") for name in host.ls()]
+    assert sum(found) == 4
