@@ -6,6 +6,8 @@ HERE := $(CURDIR)
 # Where `make install` puts things; DESTDIR, for packages, goes before each path and into no file.
 PREFIX ?= /usr/local
 LIBRARY = $(PREFIX)/lib/php-secure-sendmail
+# What the enqueue command is started through; not in LIBRARY, which an upgrade replaces as a whole.
+START = $(PREFIX)/libexec/php-secure-sendmail
 INSTALLED = $(DESTDIR)$(LIBRARY)
 CONFIGURATION = $(DESTDIR)/etc/php-secure-sendmail
 DOCUMENTATION = $(DESTDIR)$(PREFIX)/share/doc/php-secure-sendmail
@@ -42,16 +44,18 @@ install: PYTHON = /usr/bin/python3
 install:
 	@[ -n "$(DESTDIR)" ] || $(PYTHON) -I -c 'import click, pymysql, rich, watchdog' || { \
 		echo "Missing; on Debian: apt-get install python3-click python3-pymysql python3-rich python3-watchdog"; exit 1; }
+	@start="$(START)"; case $${#start}$$start in ???/* | *[[:space:]]*) \
+		echo "PREFIX=$(PREFIX): cannot be in the first line of a script: it has a blank, or more than 70 characters"; exit 1; esac
 	@set -eu; umask 022; \
 	put() { mkdir -p "$${3%/*}"; \
-		sed -e 's|@PYTHON@|$(PYTHON)|' -e 's|@START@|$(LIBRARY)/start/python3|' -e 's|@LIBRARY@|$(LIBRARY)|' -e "s|@MODULE@|$${4:-}|" \
+		sed -e 's|@PYTHON@|$(PYTHON)|' -e 's|@START@|$(START)/python3|' -e 's|@LIBRARY@|$(LIBRARY)|' -e "s|@MODULE@|$${4:-}|" \
 			-e 's|@BIN@|$(PREFIX)/bin|' -e 's|/usr/local/bin|$(PREFIX)/bin|' "$$2" > "$$3.new"; \
 		chmod "$$1" "$$3.new"; mv -f "$$3.new" "$$3"; }; \
 	rm -rf "$(INSTALLED).new" "$(INSTALLED).old"; \
 	for directory in enqueue releaser releaser/cli; do \
 		mkdir -p "$(INSTALLED).new/$$directory"; install -m 0644 $$directory/*.py "$(INSTALLED).new/$$directory"; done; \
 	for file in config/schema*.sql; do put 0644 $$file "$(INSTALLED).new/$$file"; done; \
-	$(PYTHON) -I "$(INSTALLED).new/enqueue/bundle.py"; \
+	$(PYTHON) -I "$(INSTALLED).new/enqueue/bundle.py" "$(DESTDIR)$(START)"; \
 	$(PYTHON) -I -m compileall -q --invalidation-mode unchecked-hash \
 		-s "$(INSTALLED).new" -p "$(LIBRARY)" "$(INSTALLED).new"; \
 	[ ! -e "$(INSTALLED)" ] || mv -T "$(INSTALLED)" "$(INSTALLED).old"; \
@@ -74,7 +78,7 @@ install:
 
 # Leaves configuration, spool, state, logs and the user: there may be mail.
 uninstall:
-	rm -rf "$(INSTALLED)" "$(DOCUMENTATION)"
+	rm -rf "$(INSTALLED)" "$(DESTDIR)$(START)" "$(DOCUMENTATION)"
 	cd "$(DESTDIR)$(PREFIX)" && rm -f bin/secure-sendmail bin/secure-sendmail-releaser bin/secure-sendmail-enqueue \
 		lib/systemd/system/secure-sendmail-releaser.service 'lib/systemd/system/$(SPOOL_MOUNT)' \
 		lib/sysusers.d/php-secure-sendmail.conf lib/tmpfiles.d/php-secure-sendmail.conf

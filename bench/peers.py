@@ -110,11 +110,11 @@ def installed(directory: Path) -> Path:
     """The enqueue command as `make install` makes it, below DIRECTORY."""
     library = directory / "lib"
     shutil.copytree(ROOT / "enqueue", library / "enqueue", ignore=shutil.ignore_patterns("__pycache__"))
-    subprocess.run([PYTHON, "-I", library / "enqueue/bundle.py"], check=True)
+    subprocess.run([PYTHON, "-I", library / "enqueue/bundle.py", directory / "start"], check=True)
     compile_it = [PYTHON, "-I", "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", str(library)]
     subprocess.run(compile_it, check=True)
     script = (ROOT / "enqueue/secure-sendmail-enqueue.in").read_text()
     program = directory / "secure-sendmail-enqueue"
-    program.write_text(script.replace("@START@", f"{library}/start/python3").replace("@LIBRARY@", str(library)))
+    program.write_text(script.replace("@START@", f"{directory}/start/python3").replace("@LIBRARY@", str(library)))
     program.chmod(0o755)
     return program

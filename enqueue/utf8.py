@@ -1,22 +1,19 @@
 """UTF-8 alone, in place of the standard library's package `encodings`, in which every Python looks for that before all else.
 
-`make install` puts this beside the interpreter's link that enqueue is started through, as the only module found there before
-those of the standard library: the whole package takes a tenth of the time of the command. It is still there for what else is
-asked for: a caller's locale with other bytes, a domain with letters beyond ASCII.
+`make install` puts this beside the link to the interpreter that enqueue is started through (bundle.py), as the only module found
+there before those of the standard library: the whole package takes a tenth of the time of the command. It is still there for what
+else is asked for: a caller's locale with other bytes, a domain with letters beyond ASCII.
 """
 
 import codecs
-import posix
 import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-# enqueue's directory comes first; the rest is where the interpreter has its own, of whichever version it is by now.
-_LINK = posix.readlink(sys.executable)
-_PYTHON = _LINK if _LINK.startswith("/") else f"{sys.executable.rpartition('/')[0]}/{_LINK}"
-_STANDARD = f"{_PYTHON.rpartition('/bin/')[0]}/{sys.platlibdir}/python{sys.version_info[0]}.{sys.version_info[1]}"
+# This directory comes first; the rest is where the interpreter has its own, of whichever version it is by now.
+_STANDARD = f"@BASE@/{sys.platlibdir}/python{sys.version_info[0]}.{sys.version_info[1]}"
 sys.path += [_STANDARD, f"{_STANDARD}/lib-dynload"]
 
 

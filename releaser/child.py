@@ -32,6 +32,8 @@ def fork(work: Callable[[socket.socket], None]) -> tuple[int, socket.socket]:
     try:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
+        # Nor may a signal write into a descriptor that is another file's by then.
+        signal.set_wakeup_fd(-1)
         os.closerange(3, theirs.fileno())
         os.closerange(theirs.fileno() + 1, DESCRIPTORS)
         # Nothing that the parent had may be collected here, and close a descriptor that is another file's by then.

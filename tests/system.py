@@ -216,14 +216,16 @@ class System(Host):
         self.programs.mkdir(mode=0o755)
         template = (ROOT / "enqueue/secure-sendmail-enqueue.in").read_text()
         scripts = {
-            "secure-sendmail-enqueue": template.replace("@START@", f"{library}/start/python3").replace("@LIBRARY@", str(library)),
+            "secure-sendmail-enqueue": template.replace("@START@", f"{self.directory}/start/python3").replace(
+                "@LIBRARY@", str(library)
+            ),
             "secure-sendmail": COMMAND_SCRIPT.format(python=PYTHON, library=library, module="releaser.cli.main"),
             "secure-sendmail-releaser": COMMAND_SCRIPT.format(python=PYTHON, library=library, module="releaser.daemon"),
         }
         for name, script in scripts.items():
             (self.programs / name).write_text(script)
             (self.programs / name).chmod(0o755)
-        subprocess.run([PYTHON, "-I", library / "enqueue/bundle.py"], check=True)
+        subprocess.run([PYTHON, "-I", library / "enqueue/bundle.py", self.directory / "start"], check=True)
         subprocess.run([PYTHON, "-m", "compileall", "-q", library], check=True)
         subprocess.run(["chmod", "-R", "u=rwX,go=rX", library], check=True)
 

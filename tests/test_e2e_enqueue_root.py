@@ -19,7 +19,7 @@ UNWATCHED = 'min_free = "0"\n'
 pytestmark = pytest.mark.server
 
 VHOST = "www.a.example"
-CANTCREAT, IOERR, NOPERM, CONFIG = 73, 74, 77, 78
+USAGE, CANTCREAT, IOERR, NOPERM, CONFIG = 64, 73, 74, 77, 78
 
 # Nobody's.
 STRANGER = "12345"
@@ -159,8 +159,8 @@ def bundled(stranger: Path) -> Path:
     library = stranger.parent
     stranger.write_text(stranger.read_text().replace("/usr/bin/python3", f"{library}/start/python3"))
     stranger.chmod(0o755)
-    subprocess.run(["/usr/bin/python3", "-I", library / "enqueue/bundle.py"], check=True)
-    return next(library.glob("enqueue/__pycache__/bundle.cpython-*[0-9]"))
+    subprocess.run(["/usr/bin/python3", "-I", library / "enqueue/bundle.py", library / "start"], check=True)
+    return next(library.glob("enqueue/__pycache__/program.cpython-*[0-9]"))
 
 
 def run_as_root(
@@ -180,12 +180,15 @@ def test_enqueue_starts_from_one_file(host: Host, bundled: Path) -> None:
         module.rename(aside / module.name)
     run = run_as_root(bundled, host)
     assert (run.returncode, run.stderr) == (0, b"") and len(host.ls()) == 1
+    run = subprocess.run([bundled.parents[2] / "secure-sendmail-enqueue", "--help"], capture_output=True, timeout=60)
+    assert run.returncode == USAGE and b"\nUsage: secure-sendmail-enqueue " in run.stderr
     # As after an upgrade of the interpreter.
     bundled.rename(bundled.with_suffix(".cpython-399"))
     assert run_as_root(bundled, host).returncode == CONFIG
     for module in aside.iterdir():
         module.rename(modules / module.name)
     assert run_as_root(bundled, host).returncode == 0 and len(host.ls()) == 2
+    assert run_as_root(bundled, host, "one@bücher.example").returncode == 0 and len(host.ls()) == 3
 
 
 def test_enqueue_with_a_broken_file_says_so(host: Host, bundled: Path) -> None:
@@ -205,24 +208,44 @@ def test_enqueue_starts_with_utf8_alone(host: Host, bundled: Path) -> None:
     assert (run.returncode, run.stdout, run.stderr) == (0, "False\nTrue\n", "")
     run = run_as_root(bundled, host, "one@bücher.example")
     assert (run.returncode, run.stderr) == (0, b"")
-    # As packages for Debian have links.
-    link = os.path.relpath(python.readlink(), python.parent)
-    python.unlink()
-    python.symlink_to(link)
-    run = run_as_root(bundled, host, "one@bücher.example")
-    assert (run.returncode, run.stderr) == (0, b"")
-    assert len(host.ls()) == 2
+    # As packages for Debian have links; and as somebody who makes a chroot may copy them.
+    program = python.readlink()
+    for make in (lambda: python.symlink_to(os.path.relpath(program, python.parent)), lambda: shutil.copyfile(program, python)):
+        python.unlink()
+        make()
+        python.chmod(0o755)
+        run = run_as_root(bundled, host, "one@bücher.example")
+        assert (run.returncode, run.stderr) == (0, b"")
+    assert len(host.ls()) == 3
     assert all(b"\nRecipient: one@xn--bcher-kva.example\n" in (host.spool / name).read_bytes() for name in host.ls())
 
 
-def test_enqueue_in_any_locale(host: Host, bundled: Path, tmp_path: Path) -> None:
+def test_enqueue_without_a_standard_input(host: Host, bundled: Path) -> None:
+    """The file that it is started from is not taken for the message."""
+    script = bundled.parents[2] / "secure-sendmail-enqueue"
+    words = ["/bin/sh", "-c", 'exec "$@" <&-', "sh", script, "--spool", host.spool, VHOST, "one@x.example", "-i"]
+    run = subprocess.run(words, capture_output=True, timeout=60)
+    assert run.returncode == IOERR and b"cannot read the message from standard input" in run.stderr
+    assert host.ls() == []
+
+
+# With codecs that the interpreter has in its library, and in a file to be loaded from there; and what there is without any.
+LOCALES = {"de_DE.ISO-8859-15": "iso8859-15", "ja_JP.EUC-JP": "euc_jp", "C.UTF-8": "utf-8", "POSIX": "utf-8", "no@body": "utf-8"}
+
+
+@pytest.mark.parametrize("locale", LOCALES)
+def test_enqueue_in_any_locale(host: Host, bundled: Path, tmp_path: Path, locale: str) -> None:
     """Python takes its arguments for text of the caller's locale, and ends where it does not find the codec for that."""
-    subprocess.run(["localedef", "-i", "de_DE", "-f", "ISO-8859-15", tmp_path / "de_DE.iso885915"], check=True)
-    for number, locale in enumerate(("de_DE.iso885915", "C.UTF-8", "POSIX", "nobody@knows"), 1):
-        environment = {"LC_ALL": locale, "LOCPATH": str(tmp_path)} if number == 1 else {"LC_ALL": locale}
-        for recipient in ("one@bücher.example".encode(), b"two@x.example"):
-            run = run_as_root(bundled, host, recipient, environment=environment)
-            assert (run.returncode, run.stderr) == (0, b""), locale
-        assert len(host.ls()) == 2 * number
-    found = [(host.spool / name).read_bytes().count(b"\nRecipient: one@xn--bcher-kva.example\n") for name in host.ls()]
-    assert sum(found) == 4
+    environment = {"LC_ALL": locale}
+    if LOCALES[locale] != "utf-8":
+        language, _, characters = locale.partition(".")
+        subprocess.run(["localedef", "-i", language, "-f", characters, tmp_path / locale], check=True)
+        environment["LOCPATH"] = str(tmp_path)
+    words = [bundled.parents[2] / "start/python3", "-IS", "-c", "import sys; print(sys.getfilesystemencoding())"]
+    run = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=60)
+    assert (run.stdout, run.stderr) == (f"{LOCALES[locale]}\n", "")
+    for recipient in ("one@bücher.example".encode(), b"two@x.example"):
+        run = run_as_root(bundled, host, recipient, environment=environment)
+        assert (run.returncode, run.stderr) == (0, b"")
+    found = b"".join((host.spool / name).read_bytes() for name in host.ls())
+    assert found.count(b"\nRecipient: one@xn--bcher-kva.example\n") == found.count(b"\nRecipient: two@x.example\n") == 1

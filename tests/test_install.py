@@ -278,7 +278,6 @@ def test_install_has_what_the_repository_has(staged: Path) -> None:
     here = {
         path.relative_to(ROOT): path.read_bytes() for name in ("enqueue", "releaser") for path in ROOT.glob(f"{name}/**/*.py")
     }
-    here[Path("start/encodings.py")] = here[Path("enqueue/utf8.py")]
     there = {path.relative_to(library): path.read_bytes() for path in library.rglob("*.py")}
     assert there == here
     for module in here:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,19 @@ def test_watch_that_fails_halfway(spool: Path, monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(OSError, match="limit"):
             Watch(str(spool), [str(spool / "etc")], wake)
     assert taken() == before
+
+
+def test_more_nudges_than_the_kernel_keeps() -> None:
+    """However many there are, the next wait ends at once, and the one behind it waits again."""
+    wake = Wake()
+    for _ in range(100_000):
+        wake.nudge()
+    began = time.monotonic()
+    wake.wait(60)
+    assert time.monotonic() - began < 30
+    # A pipe keeps 64 KiB.
+    for _ in range(2):
+        wake.wait(0)
+    began = time.monotonic()
+    wake.wait(0.2)
+    assert time.monotonic() - began >= 0.2
